@@ -1,0 +1,206 @@
+"""The kernels in plain torch: the meaning of every operator, and the oracle for the fast ones in cpu.py and cuda.py.
+
+Legend: N rows of the flat token axis, s rows of one window, b keys visible to its last row (b >= s), B decoding requests,
+d hidden size, H query heads, K key/value heads, hd head size, R rank columns, V vocabulary.
+Works in any float type; where the model is bf16 or fp16, normalisation, softmax and the loss are computed in fp32
+(float64 stays float64).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class LinearWeight:
+    """A frozen weight [out, in] and, where the device gains by it, a packed copy of it."""
+
+    weight: Tensor
+    packed: Any = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class ReferenceKernels:
+    """One method per kernel. Nothing is written in place unless its name says so (`*_`)."""
+
+    name = "reference"
+
+    # ------------------------------------------------------------------------------------------------------- linear
+    def pack_linear(self, weight: Tensor) -> LinearWeight:
+        return LinearWeight(weight)
+
+    def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
+        """x [N, in] -> [N, out]."""
+        return torch.nn.functional.linear(x, w.weight, bias)
+
+    def linear_dx(self, dy: Tensor, w: LinearWeight) -> Tensor:
+        """dy [N, out] -> dx [N, in]."""
+        return dy @ w.weight
+
+    def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, in], w [R, in] -> x w^T [N, R]."""
+        return x @ w.t()
+
+    def matmul_nn(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, R], w [R, out] -> x w [N, out]."""
+        return x @ w
+
+    def matmul_tn(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [N, R], b [N, out] -> a^T b [R, out] (a parameter's gradient)."""
+        return a.t() @ b
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def add_matmul_nn(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """y + x w; the fused form of add(y, matmul_nn(x, w))."""
+        return torch.addmm(y, x, w)
+
+    def add_matmul_nn_(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """The same into y, which the caller no longer needs. y may be a column slice."""
+        return y.addmm_(x, w)
+
+    def scale_columns(self, u: Tensor, mask: Tensor | float) -> Tensor:
+        """u [N, R] * mask: a rank mask [N, R] (whose rank column belongs to the row's adapter, times its scale), or one scale."""
+        return u * mask
+
+    def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Column views."""
+        return torch.split(x, sizes, dim=-1)
+
+    def concat(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, dim=-1)
+
+    # ------------------------------------------------------------------------------------------------ normalisation
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [N, d] * rsqrt(mean(x^2) + eps) * weight, the normalised value rounded to the model's type before the product (as Llama does)."""
+        xf = x.to(compute_dtype(x.dtype))
+        return weight * (xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def rms_norm_dx(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """algorithms.md 4.1: dx = r (g dy - xh mean(g dy xh)), xh = x r."""
+        xf = x.to(compute_dtype(x.dtype))
+        r = torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)
+        xh = xf * r
+        gdy = dy.to(xf.dtype) * weight.to(xf.dtype)
+        return (r * (gdy - xh * (gdy * xh).mean(-1, keepdim=True))).to(x.dtype)
+
+    def head_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of each head of x [N, H*hd], weight [hd] (Qwen3)."""
+        return self.rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(-2)
+
+    def head_rms_norm_dx(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        hd = weight.shape[0]
+        return self.rms_norm_dx(dy.unflatten(-1, (-1, hd)), x.unflatten(-1, (-1, hd)), weight, eps).flatten(-2)
+
+    # -------------------------------------------------------------------------------------------------- elementwise
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate each head of x [N, H*hd]; cos, sin [N, hd] in the model's type, halves repeated (Hugging Face's rotate_half convention)."""
+        xh = x.unflatten(-1, (-1, cos.shape[-1]))
+        x1, x2 = xh.chunk(2, dim=-1)
+        return (xh * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]).flatten(-2)
+
+    def rope_transpose(self, dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The rotation is orthogonal: its gradient rotates back."""
+        return self.rope(dy, cos, -sin)
+
+    def swiglu(self, g: Tensor, u: Tensor) -> Tensor:
+        return torch.nn.functional.silu(g) * u
+
+    def swiglu_backward(self, dm: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(dg, du), algorithms.md 4.2."""
+        dtype = compute_dtype(g.dtype)
+        gf, dmf = g.to(dtype), dm.to(dtype)
+        sg = torch.sigmoid(gf)
+        dg = dmf * u.to(dtype) * sg * (1 + gf * (1 - sg))
+        return dg.to(g.dtype), (dmf * gf * sg).to(g.dtype)
+
+    # ---------------------------------------------------------------------------------------------------- attention
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float
+    ) -> Tensor:
+        """One query row per request against its own cached keys.
+
+        q [B, H, hd]; k_cache, v_cache [num_slots, K, hd]; slots [B, C] int64: cache slots of positions 0..C-1, padded
+        with any valid slot; lengths [B] int64: keys that count. Returns [B, H, hd].
+        """
+        k, v = k_cache[slots], v_cache[slots]  # [B, C, K, hd]
+        dtype = compute_dtype(q.dtype)
+        groups = q.shape[1] // k.shape[2]
+        qg = q.unflatten(1, (-1, groups)).to(dtype)  # [B, K, G, hd]
+        scores = torch.einsum("bkgh,bckh->bkgc", qg, k.to(dtype)) * scale
+        dead = torch.arange(slots.shape[1], device=q.device)[None] >= lengths[:, None]
+        p = scores.masked_fill(dead[:, None, None], -math.inf).softmax(-1)
+        return torch.einsum("bkgc,bckh->bkgh", p, v.to(dtype)).flatten(1, 2).to(q.dtype)
+
+    def window_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Causal attention of s rows whose last row sees all b keys (bottom-right aligned).
+
+        q [s, H, hd]; k, v [b, K, hd]. Returns o [s, H, hd] and lse [s, H] (fp32; float64 for float64).
+        """
+        scores, vg = self._scores(q, k, scale), self._expand(v, q.shape[1])
+        lse = scores.logsumexp(-1)  # [H, s]
+        p = (scores - lse[..., None]).exp()
+        return (p @ vg).transpose(0, 1).to(q.dtype), lse.t().contiguous()
+
+    def window_attention_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of window_attention (algorithms.md 2.1): dq [s, H, hd] and, in fp32 (float64), dk, dv [b, K, hd]."""
+        dtype = compute_dtype(q.dtype)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        p = (self._scores(q, k, scale) - lse.t()[..., None].to(dtype)).exp()  # [H, s, b]
+        dof = do.to(dtype).transpose(0, 1)  # [H, s, hd]
+        delta = (dof * o.to(dtype).transpose(0, 1)).sum(-1, keepdim=True)
+        ds = p * (dof @ self._expand(v, heads).transpose(1, 2) - delta) * scale
+        dq = (ds @ self._expand(k, heads)).transpose(0, 1).to(q.dtype)
+        dk = ds.transpose(1, 2) @ q.to(dtype).transpose(0, 1)  # [H, b, hd]
+        dv = p.transpose(1, 2) @ dof
+        group = heads // kv_heads
+        dk, dv = (t.unflatten(0, (kv_heads, group)).sum(1).transpose(0, 1).contiguous() for t in (dk, dv))
+        return dq, dk, dv
+
+    def _expand(self, t: Tensor, heads: int) -> Tensor:
+        """[b, K, hd] -> [H, b, hd], in the compute type."""
+        return t.transpose(0, 1).to(compute_dtype(t.dtype)).repeat_interleave(heads // t.shape[1], 0)
+
+    def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Masked scores [H, s, b]."""
+        s, b = q.shape[0], k.shape[0]
+        scores = q.to(compute_dtype(q.dtype)).transpose(0, 1) @ self._expand(k, q.shape[1]).transpose(1, 2) * scale
+        visible = torch.arange(b, device=q.device)[None] <= torch.arange(b - s, b, device=q.device)[:, None]
+        return scores.masked_fill(~visible, -math.inf)
+
+    # --------------------------------------------------------------------------------------------------------- loss
+    def cross_entropy_head(
+        self, h: Tensor, head: LinearWeight, labels: Tensor, grad_scale: float, backward: bool = True
+    ) -> tuple[float, int, Tensor | None]:
+        """Summed cross-entropy of h [n, d] against labels [n] (all valid), without ever holding [n, V] (algorithms.md 4.4).
+
+        Returns (loss sum, rows whose label is the argmax, dh [n, d] = grad_scale * d(loss sum)/dh; None without `backward`).
+        """
+        loss, correct = 0.0, 0
+        dh = torch.empty_like(h) if backward else None
+        for i in range(0, h.shape[0], 64):
+            hc, y = h[i : i + 64], labels[i : i + 64, None]
+            z = self.linear(hc, head).to(compute_dtype(h.dtype))
+            lse = z.logsumexp(-1, keepdim=True)
+            loss += float((lse - z.gather(1, y)).sum())
+            correct += int((z.argmax(-1, keepdim=True) == y).sum())
+            if dh is not None:
+                dz = (z - lse).exp_()
+                dz.scatter_add_(1, y, torch.full_like(y, -1, dtype=dz.dtype))
+                dh[i : i + 64] = self.linear_dx((dz * grad_scale).to(h.dtype), head)
+        return loss, correct, dh
