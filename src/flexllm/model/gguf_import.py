@@ -5,8 +5,11 @@ Reading and dequantizing are the `gguf` package's; this file knows the names, th
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from gguf.quants import dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from flexllm.config import cache_dir
 from flexllm.model.config import ModelConfig, rope_frequencies
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -48,6 +52,36 @@ _SPLITS = {
     "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
 _TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4  # gguf.TokenType
+
+
+def converted(path: Path) -> Path:
+    """The Hugging Face folder of a GGUF file, converted at first use. Raises ValueError on what cannot be converted."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    stat = path.stat()
+    version = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return build_once(cache_dir() / "models" / f"{path.stem}-{version}", lambda out: import_gguf(path, out))
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return `folder`, made by `build(temporary folder)` if it does not exist.
+
+    The temporary folder is renamed into place when complete, so `folder` is never seen half made; of two processes that
+    build at once the later one drops its copy.
+    """
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        build(made)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    return folder
 
 
 def import_gguf(path: Path, out: Path) -> None:
@@ -138,7 +172,7 @@ def _rope_scaling(meta: dict[str, Any], tensors: list[ReaderTensor], config: dic
 # ---------------------------------------------------------------------------------------------------------- weights
 def _write_weights(tensors: list[ReaderTensor], config: dict[str, Any], out: Path) -> None:
     shards = list(_shards([t for t in tensors if t.name != _ROPE_FACTORS]))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         state = {_hf_name(t.name): _dequantized(t, config) for t in shard}
