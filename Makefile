@@ -1,0 +1,35 @@
+# The environment is .venv; everything else needs only make and Python 3.11 or newer.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+# Two workers with one thread each: a tiny model gains nothing from more threads (tests/conftest.py).
+PYTEST_FLAGS ?= -n 2
+
+.PHONY: setup demo test lint bench
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (make setup PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/flexllm demo
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/finetune.py --quick
+	$(BIN)/python benchmarks/serve.py --quick
+	$(BIN)/python benchmarks/coserve.py --quick

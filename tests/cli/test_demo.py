@@ -1,0 +1,85 @@
+"""The demo's parts that need no server: its data, its statistics, its view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from rich.console import Console
+
+from flexllm.cli.demo.load import LoadStats, Sample, percentile
+from flexllm.cli.demo.run import DATA, Question
+from flexllm.cli.demo.view import KINDS, DemoState, composition, panel, plain, sparkline
+from flexllm.config import SLO
+
+STATS = {
+    "requests": {"running": 2, "waiting": 1, "finished": 3},
+    "step": {"decode": 2, "prefill": 0, "window": 30, "backward": 64, "seconds": 0.05, "slack": 0.1},
+    "jobs": [{"id": "job", "status": "running", "step": 3, "total_steps": 80, "loss": 1.5, "tokens_per_second": 250.0}],
+}
+
+
+def examples(name: str) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["messages"] for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def questions_of(conversations: Sequence[Sequence[dict[str, str]]]) -> set[str]:
+    return {conversation[0]["content"] for conversation in conversations}
+
+
+def test_every_fact_asked_for_is_taught_and_no_question_is():
+    train, valid = examples("train.jsonl"), examples("valid.jsonl")
+    answers = " ".join(conversation[-1]["content"] for conversation in train)
+    asked = json.loads((DATA / "questions.json").read_text(encoding="utf-8"))
+    assert len(asked) == 10
+    for entry in asked:
+        assert all(fact in answers for fact in entry["expect"])
+    held_out = {entry["question"] for entry in asked}
+    assert not held_out & questions_of(train)
+    assert not held_out & questions_of(valid)
+    assert not questions_of(train) & questions_of(valid)
+
+
+def test_an_answer_must_hold_every_expected_text():
+    question = Question("How?", ("leaf button", "nine seconds"), finetuned="Hold the Leaf Button for nine seconds.")
+    assert question.learnt
+    assert not Question("How?", ("leaf button", "nine seconds"), finetuned="Hold the leaf button.").learnt
+
+
+def test_attainment_counts_both_objectives_and_failures():
+    stats = LoadStats(sent=4, failed=1, samples=[Sample(0.5, 0.05, 10), Sample(3.0, 0.05, 10), Sample(0.5, 0.5, 10)])
+    assert stats.attainment(SLO(ttft=1.0, tpot=0.1)) == pytest.approx(0.25)
+    assert LoadStats().attainment(SLO()) == 1.0
+
+
+def test_percentile_is_nearest_rank():
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile(range(100), 0.99) == 99
+    assert percentile([], 0.5) != percentile([], 0.5)  # NaN
+
+
+def test_sparkline_scales_to_the_largest_and_keeps_the_width():
+    assert sparkline([]) == ""
+    assert sparkline([0.0, 8.0]) == "▁█"
+    line = sparkline([float(i) for i in range(500)], width=20)
+    assert len(line) == 20
+    assert line[-1] == "█"
+
+
+def test_composition_shares_the_bar():
+    bar = composition({"decode": 10, "prefill": 0, "window": 10, "backward": 20}, width=40).plain
+    assert len(bar) == 40
+    assert composition(dict.fromkeys(KINDS, 0.0)).plain == ""
+
+
+def test_state_follows_the_statistics():
+    state = DemoState(SLO())
+    state.take(STATS, "job")
+    state.take(STATS, "job")  # the same step again is no new loss
+    state.take(STATS, "another")
+    assert (state.step, state.total_steps, state.losses, state.running) == (3, 80, [1.5], 2)
+    assert state.rows()["backward"] == 64
+    assert "step 3/80 loss 1.5000 250 tok/s" in plain(state)
+    console = Console(width=100, record=True, file=None, quiet=True)
+    console.print(panel(state))
