@@ -174,7 +174,7 @@ class EngineConfig:
     threads: int | None = None  # CPU threads of the engine process
     max_model_len: int | None = None  # None: the model's own
     max_adapters: int = 32  # adapters resident at once (serving and training)
-    max_lora_rank: int = 64
+    adapter_ranks: int = 1024  # sum of the ranks of all resident adapters
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     state_dir: Path = field(default_factory=state_dir)

@@ -1,0 +1,145 @@
+"""FusedBatch: one iteration's rows as tensors. Decode rows, then prefill rows, then finetuning rows; no row knows its kind.
+
+Legend: N rows, D decoding requests, C longest decode context, S sampled rows, R rank columns, hd head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexllm.core import InferenceChunk, Request, Sequence, StepPlan, TokenWindow
+from flexllm.memory.kv_cache import KVCache
+from flexllm.peft.pool import AdapterPool, AdapterSlot
+
+if TYPE_CHECKING:
+    from flexllm.finetune.window import SequenceState
+
+
+@dataclass(frozen=True)
+class AttentionChunk:
+    """Rows [row, row + rows) of the batch, which are the last `rows` of the `slots` [b] positions they may see."""
+
+    row: int
+    rows: int
+    slots: Tensor  # [b] int64
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """A window's place in the batch."""
+
+    row: int
+    window: TokenWindow
+    state: SequenceState
+
+    @property
+    def span(self) -> slice:
+        return slice(self.row, self.row + self.window.rows)
+
+
+@dataclass(frozen=True)
+class FusedBatch:
+    token_ids: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    slots: Tensor  # [N] int64: where each row's K and V go
+    num_decode: int
+    decode_slots: Tensor  # [D, C] int64
+    decode_lengths: Tensor  # [D] int64
+    chunks: tuple[AttentionChunk, ...]  # prefill chunks, then windows
+    windows: tuple[WindowRows, ...]
+    sampled_rows: Tensor  # [S] int64
+    sampled: tuple[Request, ...]  # whose rows those are
+    prompt_logprob_chunks: tuple[tuple[int, InferenceChunk], ...]  # (first row, chunk) of requests that ask for them
+    rank_rows: tuple[int, int]  # the range of the adapter pool that the batch touches; (0, 0): no adapter
+    sites: frozenset[str]  # adapted in this batch
+    tables: Mapping[str, Tensor]  # cos, sin [N, hd]; lora [N, R]
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    @staticmethod
+    def build(
+        plan: StepPlan, cache: KVCache, pool: AdapterPool, rope: tuple[Tensor, Tensor], states: Mapping[Sequence, SequenceState]
+    ) -> FusedBatch:
+        """`rope`: cos and sin of every position [max_len, hd]. `states`: the trainer's side of each sequence in the plan."""
+        rows = _Rows(cache)
+        decode = list(takewhile(lambda c: c.is_decode, plan.inference))
+        for chunk in plan.inference:
+            request = chunk.request
+            slot = pool.slots[request.adapter_slot] if request.adapter_slot >= 0 else None
+            tokens = [request.token_at(i) for i in range(chunk.start, chunk.end)]
+            rows.place(tokens, request.blocks, chunk.start, slot, own_attention=rows.count >= len(decode))
+        windows = []
+        for window in plan.windows:
+            state = states[window.sequence]
+            windows.append(WindowRows(rows.count, window, state))
+            rows.place(state.ids[window.start : window.end], window.sequence.blocks, window.start, state.slot, own_attention=True)
+        firsts = np.cumsum([0, *(c.rows for c in plan.inference)])
+        sampled = [(int(last) - 1, c.request) for last, c in zip(firsts[1:], plan.inference, strict=True) if c.sample]
+        logprobs = [
+            (int(first), c) for first, c in zip(firsts[:-1], plan.inference, strict=True) if c.request.sampling.prompt_logprobs is not None
+        ]
+
+        device = cache.device
+        lengths = [c.end for c in decode]
+        decode_slots = cache.padded_slots([c.request.blocks for c in decode], lengths) if decode else np.zeros((0, 0), np.int64)
+        positions = torch.from_numpy(np.concatenate(rows.positions)).to(device)
+        start = min((s.start for s, _, _ in rows.owners), default=0)
+        end = max((s.end for s, _, _ in rows.owners), default=0)
+        tables = {"cos": rope[0][positions], "sin": rope[1][positions]}
+        if rows.owners:
+            tables["lora"] = pool.rank_mask(rows.owners, rows.count, start, end)
+        return FusedBatch(
+            token_ids=torch.from_numpy(np.concatenate(rows.ids)).to(device),
+            positions=positions,
+            slots=torch.from_numpy(np.concatenate(rows.slots)).to(device),
+            num_decode=len(decode),
+            decode_slots=torch.from_numpy(decode_slots).to(device),
+            decode_lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
+            chunks=tuple(rows.chunks),
+            windows=tuple(windows),
+            sampled_rows=torch.tensor([r for r, _ in sampled], dtype=torch.int64, device=device),
+            sampled=tuple(r for _, r in sampled),
+            prompt_logprob_chunks=tuple(logprobs),
+            rank_rows=(start, end),
+            sites=frozenset(site for slot, _, _ in rows.owners for site in slot.config.target_modules),
+            tables=tables,
+        )
+
+
+class _Rows:
+    """Collects the flat token axis, owner by owner."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache, self.count = cache, 0
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.slots: list[np.ndarray] = []
+        self.chunks: list[AttentionChunk] = []
+        self.owners: list[tuple[AdapterSlot, int, int]] = []
+
+    def place(
+        self, tokens: SequenceOf[int] | np.ndarray, blocks: list[int], start: int, slot: AdapterSlot | None, own_attention: bool
+    ) -> None:
+        """Rows for `tokens` at positions start.. of the owner of `blocks`. Decode rows share one attention call, others have their own."""
+        end = start + len(tokens)
+        self.ids.append(np.asarray(tokens, dtype=np.int64))
+        self.positions.append(np.arange(start, end))
+        if own_attention:
+            seen = self.cache.slots(blocks, 0, end)
+            self.slots.append(seen[start:])
+            self.chunks.append(AttentionChunk(self.count, end - start, torch.from_numpy(seen).to(self.cache.device)))
+        else:
+            self.slots.append(self.cache.slots(blocks, start, end))
+        if slot is not None:
+            self.owners.append((slot, self.count, self.count + end - start))
+        self.count += end - start

@@ -1,0 +1,130 @@
+"""The latency profile taken at first start: representative plans, executed and timed (a few seconds on a small model)."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flexllm.config import FinetuneConfig, JobSpec
+from flexllm.core import (
+    BackwardSlice,
+    FinetuneJob,
+    InferenceChunk,
+    Request,
+    SamplingParams,
+    Sequence,
+    SlicePart,
+    StepPlan,
+    TokenWindow,
+)
+from flexllm.finetune.data import TokenizedDataset
+from flexllm.finetune.job import TrainingJob
+from flexllm.scheduler.latency import PlanFeatures, features_of
+
+if TYPE_CHECKING:
+    from flexllm.engine import Engine
+
+REPEATS = 3
+BUDGET = 20.0  # seconds; a slow machine measures fewer sizes rather than starting late
+
+Sample = tuple[PlanFeatures, float]
+
+
+def take_profile(engine: Engine, progress: Callable[[str, float], None]) -> list[Sample]:
+    """Time decode, prefill, window and backward plans at powers of two. Needs an idle engine; leaves no trace in it."""
+    samples: list[Sample] = []
+    began = time.perf_counter()
+    sizes = _powers(engine.config.scheduler.max_window_rows)
+    for done, rows in enumerate(sizes):
+        for plans in (_decode_plans(engine, rows), _prefill_plans(engine, rows), _finetune_plans(engine, rows)):
+            samples += plans
+        progress("measuring this machine", (done + 1) / len(sizes))
+        if time.perf_counter() - began > BUDGET:
+            break
+    return samples
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
+
+
+def _time(engine: Engine, plan: StepPlan) -> Sample:
+    start = time.perf_counter()
+    engine.execute(plan)
+    return features_of(plan), time.perf_counter() - start
+
+
+def _best(engine: Engine, plan: StepPlan) -> Sample:
+    """The fastest of a few runs: what the machine can do; what it usually does is learned while running."""
+    return min((_time(engine, plan) for _ in range(REPEATS)), key=lambda s: s[1])
+
+
+def _request(engine: Engine, length: int, number: int) -> Request:
+    block = engine.config.cache.block_size
+    count = -(-length // block)
+    first = number * count % max(1, engine.blocks.num_blocks - count)
+    return Request(
+        f"profile-{number}", [1] * length, SamplingParams(temperature=0.0), 0.0, blocks=list(range(first, first + count))
+    )  # fmt: skip
+
+
+def _decode_plans(engine: Engine, rows: int) -> Iterator[Sample]:
+    for context in (64, 512):
+        if rows <= engine.config.scheduler.max_running and context <= engine.max_model_len:
+            chunks = tuple(InferenceChunk(_request(engine, context, i), context - 1, context, True) for i in range(rows))
+            yield _best(engine, StepPlan(inference=chunks))
+
+
+def _prefill_plans(engine: Engine, rows: int) -> Iterator[Sample]:
+    if 1 < rows <= min(engine.max_model_len, engine.config.scheduler.max_batch_tokens):
+        yield _best(engine, StepPlan(inference=(InferenceChunk(_request(engine, rows, 0), 0, rows, True),)))
+
+
+def _finetune_plans(engine: Engine, rows: int) -> Iterator[Sample]:
+    """A window over a whole fresh sequence, then its backward: a slice, a few slices, the rest."""
+    if not 8 <= rows < engine.max_model_len:
+        return
+    with _training_job(engine, rows) as training:
+        blocks = _request(engine, rows, 0).blocks
+        job: FinetuneJob = training.job
+        for _ in range(2):
+            sequence = Sequence(-1, job, 0, rows, blocks=blocks)
+            yield _time(engine, StepPlan(windows=(TokenWindow(sequence, 0, rows),)))
+            layers = list(range(job.num_layers - 1, job.lowest_layer - 1, -1))
+            for part in (layers[:1], layers[1:5], layers[5:]):
+                if part:
+                    slices = tuple(BackwardSlice(i, (SlicePart(sequence, 0, rows),)) for i in part)
+                    yield _time(engine, StepPlan(backward=slices))
+            job.group = [sequence]
+            yield _time(engine, StepPlan(optimizer_steps=(job,)))
+            engine.trainer.take_events()
+
+
+class _training_job:
+    """A job over one example of `rows` random tokens, known to the trainer (and not to the scheduler) for a while."""
+
+    def __init__(self, engine: Engine, rows: int) -> None:
+        self.engine, self.rows = engine, rows
+
+    def __enter__(self) -> TrainingJob:
+        engine = self.engine
+        ids = np.random.default_rng(0).integers(0, engine.model_config.vocab_size, self.rows + 1)
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "train.npz"
+        TokenizedDataset(ids[:-1].astype(np.int32), ids[1:].astype(np.int32), np.array([0, self.rows])).save(path)
+        config = FinetuneConfig(num_epochs=1000, checkpoint_every=10**6, batch_size=1)
+        spec = JobSpec("profile", str(path), self.folder.name, finetune=config)
+        slot = engine.adapters.allocate_for_training(spec.peft)
+        self.training = TrainingJob.open(spec, slot, engine.adapter_pool, engine.model, "profile")
+        self.training.last_saved = float("inf")  # write nothing
+        engine.trainer.add(self.training)
+        return self.training
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.trainer.remove("profile", [])
+        self.folder.cleanup()
