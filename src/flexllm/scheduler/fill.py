@@ -1,0 +1,170 @@
+"""What finetuning does in one iteration: forward windows and backward slices, as many as fit into a time.
+
+Order of use: optimizer steps that a group waits for, then windows (they share the weights' way through the cache with
+the requests' rows), then backward slices, few and large. Jobs come in the order given: least served first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from flexllm.core import BackwardSlice, FinetuneJob, Sequence, SlicePart, TokenWindow
+from flexllm.scheduler.jobs import JobState, JobTable
+from flexllm.scheduler.latency import LatencyModel, PlanFeatures, expected_labels
+
+MIN_ROWS = 16  # fewer backward rows than this wait an iteration, once
+COHORT_ROWS = 512  # short sequences go down the layers together until their GEMMs are this large
+MAX_SLICE_ROWS = 1024  # GEMMs gain nothing beyond, temporaries grow
+
+
+class SlackFill:
+    """One iteration's finetuning work. `features` and `predicted` are those of the iteration, inference included.
+
+    Planning changes no sequence (that is `JobTable.advance`, when the work is done) except for what it holds:
+    sequences are admitted and pages taken here.
+    """
+
+    def __init__(self, jobs: JobTable, latency: LatencyModel, inference: PlanFeatures, budget: float, must_progress: bool) -> None:
+        """`budget`: seconds that the whole iteration may take; `must_progress`: do the least possible even if it takes longer."""
+        self.windows: list[TokenWindow] = []
+        self.backward: list[BackwardSlice] = []
+        self.optimizer_steps: list[FinetuneJob] = []
+        self.features = inference
+        self.predicted = latency.predict(inference)
+        self._jobs = jobs
+        self._latency = latency
+        self._budget = budget
+        self._must_progress = must_progress
+        self._cursors: dict[int, tuple[int, int]] = {}  # (layer, row) of sequences moved in this plan, by id
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.windows or self.backward or self.optimizer_steps)
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+    def forward(self, turns: list[JobState], max_rows: int, share: int) -> None:
+        """Windows of at most `max_rows` rows in all; a job may hold `share` sequences (0: none are admitted)."""
+        rows_left = max_rows
+        for state in turns:
+            for sequence in self._going_forward(state, share):
+                limit = min(rows_left, self._jobs.rows_with_pages(sequence))
+                labels = partial(expected_labels, sequence)
+                rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
+                if rows == 0 and self._is_forced:
+                    rows = min(limit, MIN_ROWS)
+                if rows > 0:
+                    self._add_window(state, sequence, rows)
+                    rows_left -= rows
+                if rows_left == 0 or rows < limit:  # full, or out of time
+                    return
+
+    def _going_forward(self, state: JobState, share: int) -> Iterator[Sequence]:
+        yield from [s for s in state.admitted.values() if not s.forward_done]
+        while (sequence := self._jobs.admit_next(state, share)) is not None:
+            yield sequence
+
+    def _add_window(self, state: JobState, sequence: Sequence, rows: int) -> None:
+        window = TokenWindow(sequence, sequence.forward, sequence.forward + rows)
+        self._jobs.grow(sequence, window.end)
+        self.windows.append(window)
+        self._charge(state, PlanFeatures(rows=rows, prefill_pairs=window.pairs, label_rows=expected_labels(sequence, rows)))
+
+    # --------------------------------------------------------------------------------------------------------- backward
+    def backward_and_steps(self, turns: list[JobState]) -> None:
+        """Slices of sequences whose forward was done before this iteration; a group that they complete is stepped."""
+        for state in turns:
+            while cohort := self._cohort(state):
+                if not self._bring_down(state, cohort):
+                    return
+            if self._completes_group(state):
+                self._step(state)
+
+    def due_steps(self, turns: list[JobState]) -> None:
+        """Steps of groups that were complete before this iteration but did not fit."""
+        for state in turns:
+            if state.step_due:
+                self._step(state)
+
+    def _cohort(self, state: JobState) -> list[Sequence]:
+        """Sequences to go down together: the furthest along, and as many others as make up a large GEMM."""
+        lowest = state.job.lowest_layer
+        ready = [s for s in state.admitted.values() if s.forward_done and self._cursor(s)[0] >= lowest]
+        cohort: list[Sequence] = []
+        rows = 0
+        for sequence in sorted(ready, key=lambda s: (self._cursor(s)[0], s.id)):
+            rows += sequence.length
+            if cohort and rows > COHORT_ROWS:
+                break
+            cohort.append(sequence)
+        return cohort
+
+    def _bring_down(self, state: JobState, cohort: list[Sequence]) -> bool:
+        """Slices from the cohort's highest layer on, so that those behind come level and all go on in common slices.
+
+        False when the time is used up first.
+        """
+        while (layer := max(self._cursor(s)[0] for s in cohort)) >= state.job.lowest_layer:
+            level = [(s, self._cursor(s)[1]) for s in cohort if self._cursor(s)[0] == layer]
+            whole = sum(row for _, row in level)
+            limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
+            rows = self._latency.most_backward_rows(self.features, partial(_last_pairs, level), limit, self._budget)
+            if rows < min(limit, MIN_ROWS):
+                if self._is_forced:
+                    rows = min(limit, MIN_ROWS)
+                elif rows == 0 or not state.deferred:
+                    state.deferred = state.deferred or rows > 0
+                    return False
+            state.deferred = False
+            self._add_slice(state, BackwardSlice(layer, tuple(_last_rows(level, rows))))
+            if rows < limit:
+                return False
+        return True
+
+    def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
+        self.backward.append(item)
+        for part in item.parts:
+            done = part.start == 0
+            self._cursors[part.sequence.id] = (item.layer - 1, part.sequence.length) if done else (item.layer, part.start)
+        self._charge(state, PlanFeatures(backward_rows=item.rows, backward_pairs=item.pairs, backward_slices=1))
+
+    def _completes_group(self, state: JobState) -> bool:
+        lowest = state.job.lowest_layer
+        return (
+            not (state.validating or state.pending)
+            and state.num_undone > 0
+            and all(self._cursor(s)[0] < lowest for s in state.admitted.values())
+        )
+
+    def _step(self, state: JobState) -> None:
+        step = PlanFeatures(optimizer_steps=1)
+        if self._latency.predict(self.features + step) <= self._budget or self._is_forced:
+            self.optimizer_steps.append(state.job)
+            self._charge(state, step)
+
+    # -------------------------------------------------------------------------------------------------------- internals
+    @property
+    def _is_forced(self) -> bool:
+        return self._must_progress and self.is_empty
+
+    def _cursor(self, sequence: Sequence) -> tuple[int, int]:
+        return self._cursors.get(sequence.id) or (sequence.layer, sequence.row)
+
+    def _charge(self, state: JobState, added: PlanFeatures) -> None:
+        self.features += added
+        predicted = self._latency.predict(self.features)
+        state.job.served += (predicted - self.predicted) / state.job.weight
+        self.predicted = predicted
+
+
+def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]:
+    """The last `n` rows that sequences at one layer have left ((sequence, rows left) each): all of the first, then the next."""
+    for sequence, end in level:
+        if n <= 0:
+            return
+        yield SlicePart(sequence, max(0, end - n), end)
+        n -= end
+
+
+def _last_pairs(level: list[tuple[Sequence, int]], n: int) -> int:
+    return sum(part.pairs for part in _last_rows(level, n))

@@ -1,0 +1,315 @@
+"""How long an iteration takes, and how much work fits into a given time.
+
+    seconds = drift * (t0 + g(rows) + sum_i c_i * feature_i)
+
+`g`, the cost of pushing rows through the GEMMs, is piecewise linear between powers of two and never falls; all
+coefficients are non-negative, so more work is never predicted to be cheaper and the inverses can bisect. Coefficients
+come from a profile (`fit`) and are refitted while the engine runs (`observe`); `drift` follows the machine as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from flexllm.core import Sequence, StepPlan
+
+SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFeatures:
+    """What the time of an iteration depends on. Counts over the whole iteration."""
+
+    rows: int = 0  # forward rows: inference and windows
+    decode_rows: int = 0
+    decode_context: int = 0  # keys that decode rows see
+    prefill_pairs: int = 0  # query-key pairs of prefill and window rows
+    sampled_rows: int = 0  # rows whose logits are computed and sampled
+    label_rows: int = 0  # window rows that go through the loss
+    backward_rows: int = 0  # rows x layers
+    backward_pairs: int = 0  # query-key pairs x layers
+    backward_slices: int = 0
+    optimizer_steps: int = 0
+
+    def __add__(self, other: PlanFeatures) -> PlanFeatures:
+        return PlanFeatures(
+            self.rows + other.rows,
+            self.decode_rows + other.decode_rows,
+            self.decode_context + other.decode_context,
+            self.prefill_pairs + other.prefill_pairs,
+            self.sampled_rows + other.sampled_rows,
+            self.label_rows + other.label_rows,
+            self.backward_rows + other.backward_rows,
+            self.backward_pairs + other.backward_pairs,
+            self.backward_slices + other.backward_slices,
+            self.optimizer_steps + other.optimizer_steps,
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.backward_slices or self.optimizer_steps)
+
+
+LINEAR = tuple(f.name for f in fields(PlanFeatures) if f.name != "rows")
+# A crude prior, good for nothing but starting: a small model on two CPU cores.
+_DEFAULT = {
+    "t0": 3e-3,
+    "decode_rows": 5e-5,
+    "decode_context": 2e-7,
+    "prefill_pairs": 1e-8,
+    "sampled_rows": 3e-4,
+    "label_rows": 5e-4,
+    "backward_rows": 5e-5,
+    "backward_pairs": 1e-9,
+    "backward_slices": 1e-3,
+    "optimizer_steps": 1e-2,
+}
+_DEFAULT_SLOPE = 1.5e-3  # seconds per forward row
+
+
+def features_of(plan: StepPlan) -> PlanFeatures:
+    decode_rows = decode_context = prefill_rows = prefill_pairs = sampled = 0
+    for chunk in plan.inference:
+        sampled += chunk.sample
+        if chunk.is_decode:
+            decode_rows += 1
+            decode_context += chunk.end
+        else:
+            prefill_rows += chunk.rows
+            prefill_pairs += chunk.pairs
+    return PlanFeatures(
+        rows=decode_rows + prefill_rows + plan.window_rows,
+        decode_rows=decode_rows,
+        decode_context=decode_context,
+        prefill_pairs=prefill_pairs + sum(w.pairs for w in plan.windows),
+        sampled_rows=sampled,
+        label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
+        backward_rows=plan.backward_rows,
+        backward_pairs=sum(s.pairs for s in plan.backward),
+        backward_slices=len(plan.backward),
+        optimizer_steps=len(plan.optimizer_steps),
+    )
+
+
+def expected_labels(sequence: Sequence, rows: int) -> int:
+    """Labels in a window of a sequence, as if they lay evenly (the scheduler sees no tokens); validation: every row."""
+    if not sequence.train:
+        return rows
+    return -(-rows * sequence.job.label_counts[sequence.example] // sequence.length)
+
+
+def profile_grid(max_rows: int, num_layers: int) -> list[PlanFeatures]:
+    """Iterations worth measuring at start, cheapest first: each coefficient is moved apart from the others.
+
+    A point is to be realised as one kind of work: decode rows of equal context, or one fresh prompt, or one fresh
+    window whose rows all have labels, or slices of one fresh sequence going down the layers, or an optimizer step.
+    """
+    powers = [1 << i for i in range(max_rows.bit_length()) if 1 << i <= max_rows]
+    grid = [PlanFeatures(optimizer_steps=1)]
+    for n in powers:
+        pairs = n * (n + 1) // 2
+        for context in (64, 512):
+            grid.append(PlanFeatures(rows=n, decode_rows=n, decode_context=n * context, sampled_rows=n))
+        grid.append(PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1))
+        if n >= 8:
+            grid.append(PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n))
+            for layers in sorted({1, min(4, num_layers)}):
+                grid.append(PlanFeatures(backward_rows=n * layers, backward_pairs=pairs * layers, backward_slices=layers))
+    return grid
+
+
+class LatencyModel:
+    """See the module. Times in seconds; not thread-safe."""
+
+    REFIT_EVERY = 32  # observations
+    MEMORY = 256  # observations that a refit and the error quantiles look at
+    DRIFT_RATE, DRIFT_CLIP = 0.1, 0.3  # of the log of (measured / predicted), per observation
+    OUTLIER = 3.0  # measured / predicted, either way: kept out of refits
+
+    def __init__(self, coefficients: Mapping[str, float], slopes: Iterable[float]) -> None:
+        """`coefficients`: "t0" and the names in LINEAR; `slopes`: seconds per row in each segment of g."""
+        self._theta = np.array([coefficients["t0"], *slopes, *(coefficients[name] for name in LINEAR)], dtype=np.float64)
+        if self._theta.shape != (1 + SEGMENTS + len(LINEAR),) or not np.all(np.isfinite(self._theta)) or self._theta.min() < 0:
+            raise ValueError(f"a latency model needs {SEGMENTS} slopes and finite, non-negative coefficients, got {self._theta.tolist()}")
+        self._drift = 1.0
+        self._num_observed = 0
+        self._samples: deque[tuple[np.ndarray, float]] = deque(maxlen=self.MEMORY)  # (vector, seconds without drift)
+        self._errors: deque[float] = deque(maxlen=self.MEMORY)  # measured / predicted - 1
+        self._unpack()
+
+    @classmethod
+    def default(cls) -> LatencyModel:
+        return cls(_DEFAULT, [_DEFAULT_SLOPE] * SEGMENTS)
+
+    # ------------------------------------------------------------------------------------------------------ prediction
+    def predict(self, features: PlanFeatures) -> float:
+        return 0.0 if features.is_empty else self._seconds(features)
+
+    def most_window_rows(self, base: PlanFeatures, start: int, labels: Callable[[int], int], limit: int, budget: float) -> int:
+        """Largest n <= limit such that `base` and a window [start, start + n) with labels(n) labels take <= budget."""
+        fixed = self._seconds(base) - self._drift * self._curve(base.rows)
+        per_pair, per_label = self._linear[2], self._linear[4]
+
+        def cost(n: int) -> float:
+            pairs = n * start + n * (n + 1) // 2
+            return fixed + self._drift * (self._curve(base.rows + n) + per_pair * pairs + per_label * labels(n))
+
+        return _largest(limit, cost, budget)
+
+    def most_backward_rows(self, base: PlanFeatures, pairs: Callable[[int], int], limit: int, budget: float) -> int:
+        """Largest n <= limit such that `base` and a backward slice of n rows with pairs(n) query-key pairs take <= budget."""
+        per_row, per_pair, per_slice = self._linear[5:8]
+        fixed = self._seconds(base) + self._drift * per_slice
+        return _largest(limit, lambda n: fixed + self._drift * (per_row * n + per_pair * pairs(n)), budget)
+
+    def error_quantile(self, q: float) -> float:
+        """Quantile of measured / predicted - 1 over recent iterations; 0.1 before there are any."""
+        return float(np.quantile(list(self._errors), q)) if self._errors else 0.1
+
+    # -------------------------------------------------------------------------------------------------------- learning
+    def fit(self, samples: list[tuple[PlanFeatures, float]]) -> None:
+        """Set the coefficients from measured (features, seconds); what the samples do not show keeps its value."""
+        if not samples:
+            raise ValueError("a latency model cannot be fitted to no samples")
+        vectors = np.stack([self._vector(f) for f, _ in samples])
+        seconds = np.array([t for _, t in samples])
+        self._theta = _solve(vectors, seconds, self._theta, stiffness=1e-4)
+        measured = np.flatnonzero(vectors[:, 1 : 1 + SEGMENTS].any(axis=0))
+        if len(measured):  # beyond the largest batch measured, g goes on as it ended
+            last = int(measured[-1])
+            self._theta[1 + last : 1 + SEGMENTS] = self._theta[1 + last]
+        self._drift = 1.0
+        self._samples.clear()
+        self._errors.clear()
+        self._unpack()
+
+    def observe(self, features: PlanFeatures, seconds: float) -> None:
+        """Learn from an iteration that ran. A clear outlier moves the drift a little and nothing else."""
+        if features.is_empty or seconds <= 0:
+            return
+        ratio = seconds / self.predict(features)
+        self._num_observed += 1
+        self._errors.append(ratio - 1)
+        if 1 / self.OUTLIER < ratio < self.OUTLIER:
+            self._samples.append((self._vector(features), seconds / self._drift))
+        warming_up = self._num_observed <= 1 / self.DRIFT_RATE
+        rate = 1 / (self._num_observed + 1) if warming_up else self.DRIFT_RATE
+        clip = math.inf if warming_up else self.DRIFT_CLIP
+        self._drift *= math.exp(rate * max(-clip, min(clip, math.log(ratio))))
+        if self._num_observed % self.REFIT_EVERY == 0 and self._samples:
+            self._refit()
+
+    def _refit(self) -> None:
+        vectors = np.stack([v for v, _ in self._samples])
+        seconds = np.array([t for _, t in self._samples])
+        residuals = np.abs(vectors @ self._theta / seconds - 1)
+        huber = np.minimum(1.0, 2 * np.median(residuals) / np.maximum(residuals, 1e-9))
+        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber)
+        self._unpack()
+
+    # --------------------------------------------------------------------------------------------------------- storage
+    def save(self, path: Path) -> None:
+        theta = (self._drift * self._theta).tolist()
+        coefficients = {"t0": theta[0], **dict(zip(LINEAR, theta[1 + SEGMENTS :], strict=True))}
+        Path(path).write_text(json.dumps({"version": 1, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyModel:
+        """Raises OSError if there is no such file, ValueError if it is not a latency model of this version."""
+        try:
+            stored = json.loads(Path(path).read_text())
+            if stored["version"] != 1:
+                raise ValueError(f"version {stored['version']!r}")
+            return cls(stored["coefficients"], stored["slopes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a latency profile: {error}") from error
+
+    def coefficients(self) -> dict[str, float]:
+        """For reports: seconds per unit of each term, drift included; `row` is the slope of g at its end."""
+        theta = (self._drift * self._theta).tolist()
+        return {"t0": theta[0], "row": theta[SEGMENTS], **dict(zip(LINEAR, theta[1 + SEGMENTS :], strict=True))}
+
+    # ------------------------------------------------------------------------------------------------------- internals
+    def _unpack(self) -> None:
+        """Plain floats for `predict`, which runs many times per iteration."""
+        theta = self._theta.tolist()
+        self._t0, self._slopes, self._linear = theta[0], theta[1 : 1 + SEGMENTS], theta[1 + SEGMENTS :]
+        self._cumulative = [0.0]  # g at the start of each segment
+        for i, slope in enumerate(self._slopes[:-1]):
+            self._cumulative.append(self._cumulative[-1] + slope * (_segment_start(i + 1) - _segment_start(i)))
+
+    def _seconds(self, features: PlanFeatures) -> float:
+        c = self._linear
+        return self._drift * (
+            self._t0
+            + self._curve(features.rows)
+            + c[0] * features.decode_rows
+            + c[1] * features.decode_context
+            + c[2] * features.prefill_pairs
+            + c[3] * features.sampled_rows
+            + c[4] * features.label_rows
+            + c[5] * features.backward_rows
+            + c[6] * features.backward_pairs
+            + c[7] * features.backward_slices
+            + c[8] * features.optimizer_steps
+        )
+
+    def _curve(self, rows: int) -> float:
+        i = min(rows.bit_length(), SEGMENTS - 1)
+        return self._cumulative[i] + self._slopes[i] * (rows - _segment_start(i))
+
+    def _vector(self, features: PlanFeatures) -> np.ndarray:
+        rows = features.rows
+        hinges = [max(0, min(rows, _segment_start(i + 1)) - _segment_start(i)) for i in range(SEGMENTS - 1)]
+        hinges.append(max(0, rows - _segment_start(SEGMENTS - 1)))
+        return np.array([1, *hinges, *(getattr(features, name) for name in LINEAR)], dtype=np.float64)
+
+
+def _segment_start(i: int) -> int:
+    return (1 << i) >> 1
+
+
+def _largest(limit: int, cost: Callable[[int], float], budget: float) -> int:
+    """Largest n in [0, limit] with cost(n) <= budget, for a cost that never falls; 0 if there is none."""
+    if limit <= 0 or cost(limit) <= budget:
+        return max(limit, 0)
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if cost(middle) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _solve(vectors: np.ndarray, seconds: np.ndarray, prior: np.ndarray, stiffness: float, weights: np.ndarray | None = None) -> np.ndarray:
+    """Non-negative ridge regression on relative errors, coefficients pulled towards `prior`.
+
+    Columns are scaled by the prior, so `stiffness` weighs a relative change of a coefficient against a relative error
+    of a sample. Non-negativity by dropping the most negative coefficient and solving again.
+    """
+    shown = vectors.max(axis=0)
+    floor = 0.02 * np.median(seconds) / np.where(shown > 0, shown, np.inf)  # a coefficient may rise from zero
+    scale = np.where(np.maximum(prior, floor) > 0, np.maximum(prior, floor), 1.0)
+    a = vectors * scale / seconds[:, None]
+    w = np.ones(len(seconds)) if weights is None else weights
+    target = prior / scale
+    gram = a.T @ (a * w[:, None]) + stiffness * np.eye(len(prior))
+    right = a.T @ w + stiffness * target
+    active = np.ones(len(prior), dtype=bool)
+    solution = np.zeros(len(prior))
+    while active.any():
+        solution[:] = 0.0
+        solution[active] = np.linalg.solve(gram[np.ix_(active, active)], right[active])
+        if solution.min() >= 0:
+            break
+        active[int(np.argmin(solution))] = False
+    return solution * scale

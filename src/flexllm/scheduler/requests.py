@@ -1,0 +1,280 @@
+"""Requests: who waits, who runs, which rows go next, who gives way when pages run out.
+
+What `schedule` reads every iteration (deadlines, context sums, who needs a page) is kept up to date as tokens arrive, so
+that planning an iteration costs next to nothing per running request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from flexllm.config import SLO, SchedulerConfig
+from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
+from flexllm.memory.block_pool import BlockPool
+from flexllm.scheduler.latency import LatencyModel, PlanFeatures
+
+SCAN_DEPTH = 16  # waiting requests of a class that are looked at for their deadlines
+
+
+class QueueFullError(ValueError):
+    """max_waiting requests wait already; the newcomer was not taken."""
+
+
+class PriorityClass:
+    """The requests of one SLO class that have no token yet, or lost their pages. Both queues are FCFS."""
+
+    def __init__(self, slo: SLO) -> None:
+        self.slo = slo
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []  # hold the pages of all their tokens
+
+
+class RequestQueues:
+    """All unfinished requests.
+
+    waiting --admit--> prefilling --last prefill chunk--> decoding --> gone; a preempted request waits again, in front.
+    Classes with the tighter TTFT objective go first; within a class, first come first served.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel) -> None:
+        self._config = config
+        self._pool = pool
+        self._latency = latency
+        self._max_running = min(config.max_running, config.max_batch_tokens)  # every running request may be decoding
+        self._watermark = pool.num_blocks // 100
+        self._requests: dict[str, Request] = {}
+        self._classes: dict[str, PriorityClass] = {}  # the most urgent first
+        self._decoding: dict[str, Request] = {}
+        self._deadlines: dict[str, float] = {}  # of the next token of each decoding request
+        self._need_page: dict[str, Request] = {}  # decoding, and the next row has no page yet
+        self._decode_context = 0  # keys that the next row of each decoding request sees
+        self.num_waiting = 0
+        self.page_blocked = False  # the last plan left a request waiting for pages
+
+    # ------------------------------------------------------------------------------------------------------- in and out
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._requests) - self.num_waiting
+
+    def add(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise ValueError(f"request id {request.id!r} is in use")
+        if not request.prompt_ids:
+            raise ValueError("the prompt is empty")
+        if len(request.prompt_ids) >= self._pool.capacity:
+            raise ValueError(
+                f"the prompt has {len(request.prompt_ids)} tokens; the K/V cache holds {self._pool.capacity}, one less must do"
+            )
+        if self.num_waiting >= self._config.max_waiting:
+            raise QueueFullError(f"{self.num_waiting} requests are waiting already")
+        max_len = request.max_len or len(request.prompt_ids) + request.sampling.max_tokens
+        request.max_len = min(max_len, self._pool.capacity)
+        self._requests[request.id] = request
+        self._class_of(request).waiting.append(request)
+        self.num_waiting += 1
+
+    def remove(self, request_id: str, reason: FinishReason) -> Request | None:
+        """Take a request out in whatever state it is; its pages are free. None if there is none of that id."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request.status is RequestStatus.WAITING:
+            self._class_of(request).waiting.remove(request)
+            self.num_waiting -= 1
+        else:
+            self._stop_running(request)
+        request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        return request
+
+    # --------------------------------------------------------------------------------------------------------- planning
+    def plan(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> tuple[InferenceChunk, ...]:
+        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens.
+
+        `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
+        """
+        for request in sorted(self._need_page.values(), key=self._urgency):
+            if request.id in self._need_page:  # not preempted meanwhile
+                self._grow(request, reclaim)
+        chunks = [InferenceChunk(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
+        rows_left = self._config.max_batch_tokens - len(chunks)
+        self.page_blocked = False
+        candidates = self._prefill_order(reclaim, reclaimable)
+        while rows_left > 0 and (candidate := next(candidates, None)) is not None:
+            start, end = candidate.num_computed, min(candidate.num_tokens, candidate.num_computed + rows_left)
+            chunks.append(InferenceChunk(candidate, start, end, end == candidate.num_tokens))
+            rows_left -= end - start
+        return tuple(chunks)
+
+    def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
+        """Of the chunks `plan` returned just now (what `features_of` computes, without looking at the decode rows)."""
+        decode_rows = len(self._decoding)
+        prefill = chunks[decode_rows:]
+        return PlanFeatures(
+            rows=decode_rows + sum(c.end - c.start for c in prefill),
+            decode_rows=decode_rows,
+            decode_context=self._decode_context,
+            prefill_pairs=sum(c.pairs for c in prefill),
+            sampled_rows=decode_rows + sum(c.sample for c in prefill),
+        )
+
+    def slack(self, now: float, chunks: tuple[InferenceChunk, ...]) -> float:
+        """Seconds this iteration may take if no deadline that is still ahead is to be missed; at least 0, inf without requests.
+
+        A decoding request needs its next token by the end of this iteration. One without a first token needs, after
+        this iteration, still the time to prefill what is left of it and of those before it.
+        """
+        slack = min(self._deadlines.values(), default=math.inf) - now
+        batch = self._config.max_batch_tokens
+        seconds_per_row = self._latency.predict(PlanFeatures(rows=batch, prefill_pairs=batch * batch // 2)) / batch
+        planned = {c.request.id: c.end for c in chunks[len(self._decoding) :]}
+        rows_ahead = 0
+        for queue in self._classes.values():
+            for request in [*queue.prefilling, *islice(queue.waiting, SCAN_DEPTH)]:
+                rows_ahead += request.num_tokens - planned.get(request.id, request.num_computed)
+                slack = min(slack, self._deadline(request, queue.slo) - now - rows_ahead * seconds_per_row)
+        return max(slack, 0.0)
+
+    # ---------------------------------------------------------------------------------------------------------- results
+    def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
+        """Book what an iteration computed and sampled. Requests removed since it was planned are passed over."""
+        outputs = []
+        for chunk in chunks:
+            request = chunk.request
+            if self._requests.get(request.id) is not request:
+                continue
+            request.num_computed = chunk.end
+            if not chunk.sample:
+                continue
+            sampled = result.tokens[request.id]
+            request.output_ids.append(sampled.token_id)
+            request.last_token_time = result.end
+            if request.first_token_time is None:
+                request.first_token_time = result.end
+            if request.id in self._decoding:
+                self._decode_context += 1
+            else:
+                self._start_decoding(request)
+            reason = _finish_reason(request)
+            if reason is None:
+                self._await_token(request)
+            else:
+                self.remove(request.id, reason)
+            outputs.append(TokenOutput(request.id, sampled.token_id, sampled, reason))
+        return outputs
+
+    def check_integrity(self) -> None:
+        prefilling = [r for c in self._classes.values() for r in c.prefilling]
+        waiting = [r for c in self._classes.values() for r in c.waiting]
+        running = [*prefilling, *self._decoding.values()]
+        assert (len(waiting), len(running)) == (self.num_waiting, self.num_running)
+        assert {r.id for r in [*waiting, *running]} == self._requests.keys()
+        assert all(r.status is RequestStatus.WAITING and not r.blocks and r.num_computed == 0 for r in waiting)
+        assert all(r.status is RequestStatus.RUNNING for r in running)
+        assert all(0 <= r.num_computed <= min(r.num_tokens, len(r.blocks) * self._pool.block_size) for r in running)
+        assert all(r.is_decoding for r in self._decoding.values())
+        assert self._deadlines.keys() == self._decoding.keys()
+        assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
+        assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
+
+    def blocks_held(self) -> list[int]:
+        return [b for r in self._requests.values() for b in r.blocks]
+
+    # -------------------------------------------------------------------------------------------------------- internals
+    def _class_of(self, request: Request) -> PriorityClass:
+        if request.priority not in self._classes:
+            self._classes[request.priority] = PriorityClass(self._config.slo_of(request.priority))
+            self._classes = dict(sorted(self._classes.items(), key=lambda item: item[1].slo.ttft))
+        return self._classes[request.priority]
+
+    def _urgency(self, request: Request) -> tuple[float, float]:
+        return self._config.slo_of(request.priority).ttft, request.arrival
+
+    @staticmethod
+    def _deadline(request: Request, slo: SLO) -> float:
+        """When the next token is due: the first within `ttft` of arrival, each further one `tpot` later than the last was due."""
+        if request.first_token_time is None:
+            return request.arrival + slo.ttft
+        return request.first_token_time + len(request.output_ids) * slo.tpot
+
+    def _prefill_order(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> Iterator[Request]:
+        """Class by class: the prefills under way, then newcomers, each admitted when the caller comes to it."""
+        for queue in self._classes.values():
+            yield from tuple(queue.prefilling)
+            while queue.waiting and not self.page_blocked and self.num_running < self._max_running:
+                request = queue.waiting[0]
+                blocks = self._pool.blocks_for(request.num_tokens)
+                spare = self._watermark if self.num_running else 0  # so that the newcomer is not preempted at once
+                if blocks + spare > self._pool.num_free + reclaimable():
+                    self.page_blocked = True
+                    break
+                reclaim(blocks)
+                queue.waiting.popleft()
+                self.num_waiting -= 1
+                request.blocks = self._pool.allocate(blocks, room=self._pool.blocks_for(request.max_len))
+                request.status = RequestStatus.RUNNING
+                queue.prefilling.append(request)
+                yield request
+
+    def _has_page(self, request: Request) -> bool:
+        return request.num_computed < len(request.blocks) * self._pool.block_size
+
+    def _grow(self, request: Request, reclaim: Callable[[int], None]) -> None:
+        """A page for the next row: from the pool, else from finetuning, else from the request that can best wait."""
+        if self._pool.num_free == 0:
+            reclaim(1)
+        while self._pool.num_free == 0:
+            running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
+            victim = max(running, key=self._urgency)
+            self._preempt(victim)
+            if victim is request:
+                return
+        request.blocks += self._pool.allocate(1, after=request.blocks[-1])
+        del self._need_page[request.id]
+
+    def _preempt(self, request: Request) -> None:
+        """Recompute later: pages go back now, the prompt and the outputs so far will be prefilled again."""
+        self._stop_running(request)
+        request.status, request.num_computed = RequestStatus.WAITING, 0
+        request.num_preemptions += 1
+        waiting = self._class_of(request).waiting
+        position = next((i for i, other in enumerate(waiting) if other.arrival > request.arrival), len(waiting))
+        waiting.insert(position, request)
+        self.num_waiting += 1
+
+    def _stop_running(self, request: Request) -> None:
+        if self._decoding.pop(request.id, None) is not None:
+            self._decode_context -= request.num_tokens
+            self._need_page.pop(request.id, None)
+            self._deadlines.pop(request.id, None)
+        else:
+            self._class_of(request).prefilling.remove(request)
+        self._pool.free(request.blocks)
+        request.blocks = []
+
+    def _start_decoding(self, request: Request) -> None:
+        self._class_of(request).prefilling.remove(request)
+        self._decoding[request.id] = request
+        self._decode_context += request.num_tokens
+
+    def _await_token(self, request: Request) -> None:
+        self._deadlines[request.id] = self._deadline(request, self._config.slo_of(request.priority))
+        if not self._has_page(request):
+            self._need_page[request.id] = request
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    token, sampling = request.output_ids[-1], request.sampling
+    if token in sampling.stop_token_ids or (token in request.eos_ids and not sampling.ignore_eos):
+        return FinishReason.STOP
+    if len(request.output_ids) >= sampling.max_tokens or request.num_tokens >= request.max_len:
+        return FinishReason.LENGTH
+    return None
