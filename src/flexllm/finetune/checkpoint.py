@@ -1,0 +1,86 @@
+"""Durable state of a finetuning job, and the thread that writes it so that the engine never waits for a disk."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flexllm.files import atomic_file
+
+_STATE_FILE = "state.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def save_resume(folder: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Replace the folder's state by this one; `meta` is anything JSON holds.
+
+    Tensors and meta share one file (meta in the safetensors header), so that they cannot disagree and a single rename
+    replaces both: whenever the process dies, the folder has the previous state or this one. StorageError when the disk refuses.
+    """
+    with atomic_file(Path(folder) / _STATE_FILE) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"meta": json.dumps(meta)})
+
+
+def load_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, meta) as last saved, or None if nothing ever was. ValueError when the file is damaged."""
+    path = Path(folder) / _STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the state of the job is damaged ({error})") from error
+
+
+def prune_old(folder: str | Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoint-<step> folders; returns what was deleted, oldest first."""
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    found = [(int(m[1]), p) for p in Path(folder).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
+    old = [path for _, path in sorted(found)[:-keep]]
+    for path in old:
+        shutil.rmtree(path)
+    return old
+
+
+class BackgroundWriter:
+    """One thread that runs what is submitted, in order."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._pending: deque[Future[None]] = deque()
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Run `write` after everything submitted before. What it closes over must not change meanwhile. Never blocks."""
+        self._pending.append(self._executor.submit(write))
+
+    def errors(self) -> list[BaseException]:
+        """What the writes that have ended since the last call raised."""
+        errors = []
+        while self._pending and self._pending[0].done():
+            error = self._pending.popleft().exception()
+            if error is not None:
+                errors.append(error)
+        return errors
+
+    def drain(self) -> list[BaseException]:
+        """Wait for every write; returns `errors()`."""
+        wait(self._pending)
+        return self.errors()
+
+    def close(self) -> list[BaseException]:
+        """`drain`, then end the thread."""
+        errors = self.drain()
+        self._executor.shutdown()
+        return errors
