@@ -32,6 +32,7 @@ from flexllm.peft.pool import AdapterPool
 from flexllm.peft.registry import AdapterRegistry
 from flexllm.profiler import take_profile
 from flexllm.scheduler.latency import LatencyModel
+from flexllm.scheduler.requests import QueueFullError
 from flexllm.scheduler.scheduler import HybridTokenScheduler
 
 Progress = Callable[[str, float], None]  # (what is happening, fraction done)
@@ -69,6 +70,7 @@ class Engine:
         self.trainer = Trainer(self.model, self.cache, self.adapter_pool)
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._requests: dict[str, Request] = {}
+        self.last_step = StepPlan(), StepResult({})
         self.latency = self._latency_profile(report)
         self.scheduler = HybridTokenScheduler(config.scheduler, self.blocks, self.latency, self.finetune_budget)
         report("ready", 1.0)
@@ -82,7 +84,7 @@ class Engine:
         tokens, losses = self.execute(plan)
         result = StepResult(tokens, losses, start, self.clock())
         outputs = self._finish_requests(self.scheduler.update(plan, result))
-        return replace(result, outputs=outputs, events=self._finish_jobs(plan))
+        return replace(result, outputs=outputs, events=self._finish_jobs())
 
     def execute(self, plan: StepPlan) -> tuple[dict[str, TokenLogprob], tuple[Any, ...]]:
         """Carry out a plan: tokens by request id, and the windows' losses."""
@@ -136,16 +138,16 @@ class Engine:
                 raise ValueError(f"{what} id {bad} is not in the vocabulary of {vocab}")
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is in use")
-        if self.scheduler.num_waiting >= self.config.scheduler.max_waiting:
-            raise OverloadedError(f"{self.scheduler.num_waiting} requests are waiting")
         request.max_len = min(self.max_model_len, len(prompt) + params.max_tokens)
         request.eos_ids = frozenset(self.model_config.eos_ids)
         if request.adapter is not None:
             request.adapter_slot = self.adapters.acquire(request.adapter).id
         try:
             self.scheduler.add_request(request)
-        except ValueError:
+        except ValueError as error:
             self._release_adapter(request)
+            if isinstance(error, QueueFullError):
+                raise OverloadedError(str(error)) from error
             raise
         self._requests[request.id] = request
 
@@ -220,11 +222,11 @@ class Engine:
     def _remove_job(self, job_id: str) -> None:
         self.trainer.remove(job_id, self.scheduler.remove_job(job_id))
 
-    def _finish_jobs(self, plan: StepPlan) -> tuple[JobEvent, ...]:
-        for job in list(self.scheduler.jobs):
-            if job.status is JobStatus.SUCCEEDED:
-                self.trainer.finish(self.trainer.jobs[job.id])
-                self._remove_job(job.id)
+    def _finish_jobs(self) -> tuple[JobEvent, ...]:
+        for training in list(self.trainer.jobs.values()):
+            if training.job.status is JobStatus.SUCCEEDED:
+                self.trainer.finish(training)
+                self._remove_job(training.job.id)
         events = self.trainer.take_events()
         for event in events:
             if event.status is JobStatus.FAILED and event.job_id in self.trainer.jobs:
@@ -244,8 +246,22 @@ class Engine:
         pages = self.blocks.num_blocks
         held = sum(s.store.bytes for s in self.trainer.states.values())
         page_bytes = self.cache.bytes_per_block
+        plan, result = self.last_step
+        decode = sum(c.is_decode for c in plan.inference)
         return {
-            **self.scheduler.stats(),
+            "num_running": self.scheduler.num_running,
+            "num_waiting": self.scheduler.num_waiting,
+            "num_preemptions": self.scheduler.num_preemptions,
+            "slack": plan.slack,
+            "prediction_error": self.latency.error_quantile(0.5),
+            "step": {
+                "decode": decode,
+                "prefill": plan.inference_rows - decode,
+                "window": plan.window_rows,
+                "backward": plan.backward_rows,
+                "seconds": result.seconds,
+                "predicted": plan.predicted,
+            },
             "kv_usage": 1 - self.blocks.num_free / pages,
             "adapters": self.adapters.resident,
             "memory": {

@@ -53,6 +53,7 @@ class RequestQueues:
         self._decode_context = 0  # keys that the next row of each decoding request sees
         self.num_waiting = 0
         self.page_blocked = False  # the last plan left a request waiting for pages
+        self.num_preemptions = 0  # since the start
 
     # ------------------------------------------------------------------------------------------------------- in and out
     def __contains__(self, request_id: object) -> bool:
@@ -245,6 +246,7 @@ class RequestQueues:
         self._stop_running(request)
         request.status, request.num_computed = RequestStatus.WAITING, 0
         request.num_preemptions += 1
+        self.num_preemptions += 1
         waiting = self._class_of(request).waiting
         position = next((i for i, other in enumerate(waiting) if other.arrival > request.arrival), len(waiting))
         waiting.insert(position, request)

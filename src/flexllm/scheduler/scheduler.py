@@ -80,6 +80,11 @@ class HybridTokenScheduler:
     def num_waiting(self) -> int:
         return self._requests.num_waiting
 
+    @property
+    def num_preemptions(self) -> int:
+        """Requests that lost their pages to others, since the start."""
+        return self._requests.num_preemptions
+
     # ------------------------------------------------------------------------------------------------------ the iteration
     def schedule(self, now: float) -> StepPlan:
         """What the next iteration does."""
