@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import write_tiny_llama
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
@@ -26,3 +28,9 @@ def _own_state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["FLEXLLM_STATE_DIR"]
     else:
         os.environ["FLEXLLM_STATE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama (tests/tiny.py)."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))

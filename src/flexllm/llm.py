@@ -123,7 +123,7 @@ class LLM:
         `sampling` is one for all prompts, or one per prompt. Raises ValueError for a prompt beyond the context or an
         adapter that does not fit the model.
         """
-        batch: list[str] | list[Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
+        batch: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         samplings = _one_each(sampling, len(batch))
         name = self._adapter_name(adapter)
         generations = [self._generation(p, s, name) for p, s in zip(batch, samplings, strict=True)]
@@ -162,7 +162,7 @@ class LLM:
             arrival=time.monotonic(),
             adapter=adapter,
         )
-        return _Generation(request, IncrementalDetokenizer(self.tokenizer, sampling.stop))
+        return _Generation(request, IncrementalDetokenizer(self.tokenizer, sampling.stop, ids))
 
     def _run(self, generations: Sequence[_Generation]) -> Iterator[str]:
         """Step the engine until every generation has ended; yields new text as it comes (of all of them, interleaved)."""
