@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import TokenType
 from tiny_gguf import gguf_model, write_gguf
-from tiny_models import CORPUS, LLAMA3_ROPE, byte_level_tokenizer
+from tiny_models import CORPUS, LLAMA3_ROPE, byte_fallback_tokenizer, byte_level_tokenizer
 from transformers import AutoModelForCausalLM
 
 from flexllm.model import gguf_import
 from flexllm.model.config import ModelConfig, rope_frequencies
 from flexllm.model.gguf_import import build_once, import_gguf
+from flexllm.model.gguf_tokenizer import build_tokenizer
 from flexllm.model.loader import load_weights, resolve_model
 from flexllm.model.tokenizer import Tokenizer
 
@@ -88,6 +90,26 @@ def test_the_tokenizer_round_trips(tmp_path: Path, pre: str) -> None:
     assert ours.eos_ids == (2,)
 
 
+def test_a_sentencepiece_tokenizer_round_trips() -> None:
+    oracle = byte_fallback_tokenizer()
+    pieces = [t for t, _ in sorted(oracle.get_vocab().items(), key=lambda item: item[1])]
+    fixed = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
+    meta = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(pieces))],
+        "tokenizer.ggml.token_type": [fixed.get(p, TokenType.BYTE if p.startswith("<0x") else TokenType.NORMAL) for p in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    ours, settings = build_tokenizer(meta)
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")
+    for text in ("ab a  bab é中", " a", "", "cab</s>a"):
+        assert ours.encode(text, add_special_tokens=False).ids == oracle.encode(text).ids
+        assert ours.decode(ours.encode(text).ids) == oracle.decode(oracle.encode(text).ids)
+    assert ours.encode("a").tokens == ["<s>", "▁a"]
+
+
 def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     model = gguf_model("llama")
@@ -99,7 +121,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"m\.gguf: not a readable GGUF file"):
         import_gguf(path, tmp_path / "out")
     write_gguf(path, model, kind="bert")
-    with pytest.raises(ValueError, match=r"GGUF tokenizer 'bert'/'smollm' is not supported; supported: gpt2 with"):
+    with pytest.raises(ValueError, match=r"GGUF tokenizer 'bert'/'smollm' is not supported; supported: llama, gpt2 with"):
         import_gguf(path, tmp_path / "out")
     model.config.model_type = "gemma"
     write_gguf(path, model)

@@ -1,6 +1,6 @@
 """GGUF files as Hugging Face folders: weights dequantized to bf16 safetensors, config.json, tokenizer.json, chat template.
 
-Reading and dequantizing are the `gguf` package's; this file knows the names, the row order and the tokenizer.
+Reading and dequantizing are the `gguf` package's; this file knows the names and the row order, gguf_tokenizer.py the rest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from flexllm.config import cache_dir
 from flexllm.model.config import ModelConfig, rope_frequencies
+from flexllm.model.gguf_tokenizer import build_tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 SHARD_BYTES = 4 << 30  # the most that is held in memory at once
@@ -42,16 +42,6 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, as divisors of the frequencies
-
-# How each pre-tokenizer of `tokenizer.ggml.pre` splits text before merging; None: GPT-2's own regex (ByteLevel's).
-_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {
-    "gpt-2": None,
-    "smollm": None,  # after cutting digits apart
-    "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
-_TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4  # gguf.TokenType
 
 
 def converted(path: Path) -> Path:
@@ -98,7 +88,9 @@ def import_gguf(path: Path, out: Path) -> None:
     config = hf_config(meta, reader.tensors)
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {k: config[k] for k in ("bos_token_id", "eos_token_id") if k in config})
-    _write_tokenizer(meta, out)
+    tokenizer, settings = build_tokenizer(meta)
+    tokenizer.save(str(out / "tokenizer.json"))
+    _write_json(out / "tokenizer_config.json", {**settings, "model_max_length": config["max_position_embeddings"]})
     _write_weights(reader.tensors, config, out)
 
 
@@ -219,59 +211,6 @@ def _halves_from_pairs(values: np.ndarray, heads: int) -> np.ndarray:
     """GGUF's llama rotates neighbouring rows (0,1),(2,3)...; Hugging Face rotates row i with row i + head_dim/2."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-def _write_tokenizer(meta: dict[str, Any], out: Path) -> None:
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    tokenizer = _bpe(meta)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta[f"{meta['general.architecture']}.context_length"],
-    }
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        token = meta.get(f"tokenizer.ggml.{theirs}_token_id")
-        if token is not None and token < len(tokens):
-            settings[f"{ours}_token"] = tokens[token]
-    if meta.get("tokenizer.ggml.add_bos_token") and "bos_token" in settings:
-        bos = settings["bos_token"]
-        template = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, meta["tokenizer.ggml.bos_token_id"])]
-        )
-        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
-    if meta.get("tokenizer.chat_template"):
-        settings["chat_template"] = meta["tokenizer.chat_template"]
-    tokenizer.save(str(out / "tokenizer.json"))
-    _write_json(out / "tokenizer_config.json", settings)
-
-
-def _bpe(meta: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer of GGUF metadata; control tokens are special tokens, one id each."""
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _SPLITS:
-        raise ValueError(f"GGUF tokenizer {kind!r}/{pre!r} is not supported; supported: gpt2 with {', '.join(_SPLITS)}")
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    split = _SPLITS[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    first: list[pre_tokenizers.PreTokenizer] = []
-    if pre == "smollm":
-        first = [pre_tokenizers.Digits(individual_digits=True)]
-    elif split is not None:
-        first = [pre_tokenizers.Split(Regex(split), behavior="isolated")]
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for kind_id, special in ((_TOKEN_CONTROL, True), (_TOKEN_USER_DEFINED, False)):
-        named = [t for t, k in zip(tokens, meta["tokenizer.ggml.token_type"], strict=True) if k == kind_id]
-        added = [AddedToken(t, special=special, normalized=False) for t in named]
-        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    return tokenizer
 
 
 def _write_json(path: Path, value: Any) -> None:
