@@ -69,7 +69,7 @@ def emit_backward(backward: PrunedBackward, saved: dict[Node, SavedTensor], kern
                 body.lines.append(f"ctx.gradient({parameter_of[value]!r}, {body.ref(value)})")
                 body.last_use[body.ref(value)] = len(body.lines) - 1
 
-    body.live = _reachable(backward, set(saved))
+    body.live = reachable(backward, set(saved))
     # In graph order, so that each gradient is complete (and its inputs can die) as early as reverse mode allows.
     for node in joint.layer.graph.nodes:
         if node in backward.live:
@@ -79,7 +79,7 @@ def emit_backward(backward: PrunedBackward, saved: dict[Node, SavedTensor], kern
     return body.compile("backward", "dy, s, w, p, t, ctx", kernels)
 
 
-def _reachable(backward: PrunedBackward, saved: set[Node]) -> set[Node]:
+def reachable(backward: PrunedBackward, saved: set[Node]) -> set[Node]:
     """Every node the emitted backward runs: the live gradients and what they recompute."""
     live: set[Node] = set()
     todo = list(backward.live)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.fx import Node
+
 from flexllm.compiler.autodiff import differentiate
-from flexllm.compiler.emit import Emitted, emit_backward, emit_forward
+from flexllm.compiler.emit import Emitted, emit_backward, emit_forward, reachable
 from flexllm.compiler.prune import PrunedBackward, prune
 from flexllm.compiler.remat import SavedTensor, choose_saved
 from flexllm.compiler.trace import trace_layer
@@ -24,6 +26,7 @@ class LayerBackward:
     saved: tuple[SavedTensor, ...]
     emitted: Emitted
     pruned: PrunedBackward
+    recomputed: frozenset[Node]  # forward operators that the backward runs again
 
     @property
     def saved_names(self) -> frozenset[str]:
@@ -59,7 +62,8 @@ def compile_layer_backward(
     """trace -> autodiff -> prune -> remat -> emit, for a layer some lower layer of which is adapted (`input_gradient`) or none."""
     pruned = prune(differentiate(trace_layer(config, methods)), input_gradient)
     saved = choose_saved(pruned, level)
-    return LayerBackward(tuple(saved.values()), emit_backward(pruned, saved, kernels), pruned)
+    rebuilt = frozenset(n for n in reachable(pruned, set(saved)) if n in pruned.joint.forward_nodes and n.op == "call_function")
+    return LayerBackward(tuple(saved.values()), emit_backward(pruned, saved, kernels), pruned, rebuilt)
 
 
 def compile_job(

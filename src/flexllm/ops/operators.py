@@ -58,7 +58,7 @@ class Operator:
         tracer = next(a for a in args if isinstance(a, Proxy)).tracer
         out = tracer.create_proxy("call_function", self, args, {})
         cols = self.columns(*args)
-        out.node.meta["columns"] = cols
+        out.node.meta.update(columns=cols, flops=self.flops(*args))
         if not isinstance(cols, tuple):
             return out
         results = tuple(out[i] for i in range(len(cols)))
