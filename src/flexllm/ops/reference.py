@@ -64,6 +64,10 @@ class ReferenceKernels:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
+    def add_(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b into a, which the caller no longer needs."""
+        return a.add_(b)
+
     def add_matmul_nn(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """y + x w; the fused form of add(y, matmul_nn(x, w))."""
         return torch.addmm(y, x, w)
