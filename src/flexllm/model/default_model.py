@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from flexllm import config
+from flexllm.config import cache_dir
 from flexllm.model import hub
 from flexllm.model.gguf_import import build_once, import_gguf
 
@@ -25,7 +25,7 @@ def folder() -> Path:
     What was fetched first stays: the weights under a user's adapters must not change with the state of the network.
     Raises ValueError with both reasons when neither source can be reached.
     """
-    converted = config.cache_dir() / "models" / "SmolLM2-135M-Instruct"
+    converted = cache_dir() / "models" / "SmolLM2-135M-Instruct"
     if converted.exists():
         return converted
     try:
