@@ -1,0 +1,190 @@
+"""The engine process: one `Engine`, one ZeroMQ socket, one loop. No request, job or adapter can end it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from flexllm.config import EngineConfig, JobSpec
+from flexllm.core import Request, StepResult
+from flexllm.server import protocol
+
+logger = logging.getLogger("flexllm.engine")
+
+IDLE_POLL_MS = 100  # how long an idle engine sleeps before it looks at its parent again
+EMPTY_STEP_SECONDS = 2e-4  # an iteration shorter than this had nothing to run
+STATS_SECONDS = 0.25
+IDLE_STATS_SECONDS = 1.0
+
+ProgressCallback = Callable[[str, float], None]
+
+
+class EngineLike(Protocol):
+    """What this process needs of `flexllm.engine.Engine` (tests drive it with a fake)."""
+
+    max_model_len: int
+    model_config: Any
+
+    @property
+    def has_work(self) -> bool: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort_request(self, request_id: str) -> None: ...
+    def register_adapter(self, name: str, path: str) -> None: ...
+    def unregister_adapter(self, name: str) -> None: ...
+    def add_job(self, spec: JobSpec) -> Any: ...
+    def pause_job(self, job_id: str) -> None: ...
+    def resume_job(self, job_id: str) -> None: ...
+    def cancel_job(self, job_id: str) -> None: ...
+    def step(self) -> StepResult: ...
+    def stats(self) -> dict[str, Any]: ...
+    def shutdown(self) -> None: ...
+
+
+EngineFactory = Callable[[EngineConfig, ProgressCallback], EngineLike]
+
+
+def build_engine(config: EngineConfig, progress: ProgressCallback) -> EngineLike:
+    from flexllm.engine import Engine  # loads torch: only in the engine process
+
+    return Engine(config, progress)
+
+
+def run_engine(config: EngineConfig, address: str, parent_pid: int, build: EngineFactory = build_engine) -> None:
+    """Main of the spawned process. Ends on `Shutdown`, on SIGTERM and when its parent is gone, durable state written."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches both processes; the server decides
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.set_hwm(0)
+    socket.connect(address)
+    loop = EngineLoop(socket, parent_pid)
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+    try:
+        engine = build(config, lambda stage, fraction: loop.send(protocol.Progress(stage, fraction)))
+        loop.run(engine)
+    except Exception as error:
+        logger.exception("the engine process ends")
+        user_error = isinstance(error, ValueError | OSError) and not loop.ready
+        loop.send(protocol.Fatal(str(error) if user_error else f"{type(error).__name__}: {error}", user_error))
+        raise SystemExit(1) from None
+    finally:
+        socket.close()
+        context.term()
+
+
+class EngineLoop:
+    """Commands in, iterations run, outputs out."""
+
+    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int) -> None:
+        self._socket, self._parent_pid = socket, parent_pid
+        self._engine: EngineLike
+        self._stopping = False
+        self._progressing = False
+        self._steps: list[tuple[str, float]] = []
+        self._reported = 0.0
+        self.ready = False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def send(self, message: protocol.Message) -> None:
+        self._socket.send(protocol.encode(message))
+
+    def run(self, engine: EngineLike) -> None:
+        self._engine = engine
+        self.send(protocol.Ready(engine.max_model_len, engine.model_config.vocab_size))
+        self.ready = True
+        while not self._stopping and os.getppid() == self._parent_pid:
+            self._receive()
+            self._step()
+            self._report()
+        engine.shutdown()
+
+    # ------------------------------------------------------------------------------------------------------- commands
+    def _receive(self) -> None:
+        """Handle every waiting command; wait for one only when there is nothing else to do."""
+        timeout = 0 if self._progressing else 1 if self._engine.has_work else IDLE_POLL_MS
+        while self._socket.poll(timeout):
+            self._handle(protocol.decode_command(self._socket.recv()))
+            timeout = 0
+
+    def _handle(self, command: protocol.Command) -> None:
+        if isinstance(command, protocol.Shutdown):
+            self.stop()
+        elif isinstance(command, protocol.AbortRequest):
+            self._engine.abort_request(command.id)
+        else:
+            self.send(self._answer(command))
+
+    def _answer(self, command: protocol.Rpc) -> protocol.RpcReply:
+        try:
+            self._execute(command)
+        except ValueError as error:
+            return protocol.RpcReply(command.rpc, str(error))
+        except RuntimeError as error:  # no room, now: a full queue, every adapter slot in use
+            logger.warning("%s refused: %s", type(command).__name__, error)
+            return protocol.RpcReply(command.rpc, str(error), "overloaded")
+        except Exception as error:
+            logger.exception("%s failed", type(command).__name__)
+            return protocol.RpcReply(command.rpc, f"{type(error).__name__}: {error}", "internal")
+        return protocol.RpcReply(command.rpc)
+
+    def _execute(self, command: protocol.Rpc) -> None:
+        engine = self._engine
+        match command:
+            case protocol.AddRequest():
+                engine.add_request(
+                    Request(
+                        id=command.id,
+                        prompt_ids=command.prompt_ids,
+                        sampling=command.sampling,
+                        arrival=command.arrival,
+                        adapter=command.adapter,
+                        priority=command.priority,
+                    )
+                )
+            case protocol.AddJob():
+                engine.add_job(command.spec)
+            case protocol.PauseJob():
+                engine.pause_job(command.job_id)
+            case protocol.ResumeJob():
+                engine.resume_job(command.job_id)
+            case protocol.CancelJob():
+                engine.cancel_job(command.job_id)
+            case protocol.RegisterAdapter():
+                engine.register_adapter(command.name, command.path)
+            case protocol.UnregisterAdapter():
+                engine.unregister_adapter(command.name)
+
+    # ------------------------------------------------------------------------------------------------------ iterations
+    def _step(self) -> None:
+        result = self._engine.step()
+        self._progressing = bool(result.outputs or result.events) or result.seconds >= EMPTY_STEP_SECONDS
+        if result.outputs:
+            self.send(protocol.Outputs(result.outputs))
+        if result.events:
+            self.send(protocol.Events(result.events))
+        if self._progressing and self._engine.has_work:
+            self._steps.append((step_kind(self._engine.stats()), result.seconds))
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now - self._reported >= (STATS_SECONDS if self._engine.has_work else IDLE_STATS_SECONDS):
+            self._reported = now
+            self.send(protocol.Stats(self._engine.stats(), tuple(self._steps)))
+            self._steps.clear()
+
+
+def step_kind(stats: dict[str, Any]) -> str:
+    """`inference`, `finetune` or `mixed`: what the last iteration was made of."""
+    rows = stats.get("step", {})
+    inference = rows.get("decode", 0) + rows.get("prefill", 0) > 0
+    finetune = rows.get("window", 0) + rows.get("backward", 0) > 0
+    return "mixed" if inference and finetune else "finetune" if finetune else "inference"

@@ -1,0 +1,254 @@
+"""Prometheus metrics, under the names gateways expect, and the sliding window behind `/flexllm/stats`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from flexllm.config import SLO
+from flexllm.core import JobEvent
+from flexllm.server.choices import Choice
+from flexllm.server.protocol import Stats
+from flexllm.server.store import JobRecord
+
+WINDOW_SECONDS = 60.0
+RATE_SECONDS = 10.0  # over which tokens/s is taken
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
+
+
+@dataclass(frozen=True)
+class FinishedRequest:
+    """Seconds. `tpot` is None for a request of one token."""
+
+    end: float
+    ttft: float
+    tpot: float | None
+    attained: bool
+
+
+@dataclass
+class JobProgress:
+    """The live figures of a job, from its events."""
+
+    job_id: str
+    status: str = "running"
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    tokens: int = 0
+    started: float | None = None  # when the first step of this life of the server was reported, and which it was
+    started_step: int = 0
+
+
+class Metrics:
+    def __init__(self, slo: SLO, model_name: str) -> None:
+        self.slo = slo
+        self.registry = CollectorRegistry()
+        self.engine_stats: dict[str, Any] = {}
+        self.jobs: dict[str, JobProgress] = {}
+        self._finished: deque[FinishedRequest] = deque()
+        self._steps: deque[tuple[float, str, float]] = deque()  # (when, kind, seconds)
+        self._job_tokens: dict[str, deque[tuple[float, float]]] = {}
+        self._num_finished = 0
+        labels = ("model_name",)
+
+        def histogram(name: str, text: str) -> Any:
+            return Histogram(name, text, labels, registry=self.registry, buckets=LATENCY_BUCKETS).labels(model_name)
+
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token, queueing included.")
+        self._gap = histogram("vllm:inter_token_latency_seconds", "Time between two tokens of a request.")
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.")
+        self._queue = histogram("vllm:request_queue_time_seconds", "Arrival to the first iteration that runs the request.")
+        self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens.", labels, registry=self.registry).labels(model_name)
+        self._generation_tokens = Counter("vllm:generation_tokens", "Tokens generated.", labels, registry=self.registry).labels(model_name)
+        self._success = Counter("vllm:request_success", "Requests by how they ended.", (*labels, "finished_reason"), registry=self.registry)
+        self._step_seconds = Histogram(
+            "flexllm:step_seconds", "Iterations by what they held.", ("kind",), registry=self.registry, buckets=LATENCY_BUCKETS
+        )
+        self._loss = Gauge("flexllm:finetune_loss", "Training loss of a job's latest step.", ("job",), registry=self.registry)
+        self._model_name = model_name
+        self.registry.register(_Derived(self))
+
+    # ------------------------------------------------------------------------------------------------------ observation
+    def token_gap(self, seconds: float) -> None:
+        self._gap.observe(seconds)
+
+    def request_ended(self, choice: Choice) -> None:
+        """For whatever reason; a choice without a finish reason was given up by its client or by the engine."""
+        self._prompt_tokens.inc(len(choice.prompt.ids))
+        self._generation_tokens.inc(choice.num_tokens)
+        self._success.labels(self._model_name, choice.finish_reason or "abort").inc()
+        if choice.first_token is None or choice.last_token is None or choice.finish_reason is None:
+            return
+        ttft = choice.first_token - choice.arrival
+        tpot = (choice.last_token - choice.first_token) / (choice.num_tokens - 1) if choice.num_tokens > 1 else None
+        attained = ttft <= self.slo.ttft and (tpot is None or tpot <= self.slo.tpot)
+        self._ttft.observe(ttft)
+        self._e2e.observe(choice.last_token - choice.arrival)
+        self._finished.append(FinishedRequest(choice.last_token, ttft, tpot, attained))
+        self._num_finished += 1
+
+    def queued(self, seconds: float) -> None:
+        self._queue.observe(seconds)
+
+    def engine(self, stats: Stats) -> None:
+        now = time.monotonic()
+        self.engine_stats = stats.engine
+        for kind, seconds in stats.steps:
+            self._step_seconds.labels(kind).observe(seconds)
+            self._steps.append((now, kind, seconds))
+        for job, phases in stats.engine.get("finetune_tokens", {}).items():
+            history = self._job_tokens.setdefault(job, deque())
+            history.append((now, float(sum(phases.values()))))
+            while len(history) > 2 and history[0][0] < now - RATE_SECONDS:
+                history.popleft()
+        self._trim(now)
+
+    def job_event(self, event: JobEvent) -> None:
+        job = self.jobs.setdefault(event.job_id, JobProgress(event.job_id))
+        if event.kind == "step":
+            if job.started is None:
+                job.started, job.started_step = time.time(), event.step
+            job.step, job.total_steps, job.loss, job.tokens = event.step, event.total_steps, event.loss, event.tokens
+            if event.loss is not None:
+                self._loss.labels(event.job_id).set(event.loss)
+
+    def job_status(self, job_id: str, status: str) -> None:
+        self.jobs.setdefault(job_id, JobProgress(job_id)).status = status
+
+    def restore_job(self, job: JobRecord) -> None:
+        """A job that an earlier life of the server has begun."""
+        self.jobs[job.id] = JobProgress(job.id, job.status, job.step, job.total_steps, tokens=job.trained_tokens or 0)
+
+    def engine_lost(self) -> None:
+        self.engine_stats = {}
+        self._job_tokens.clear()
+
+    # ---------------------------------------------------------------------------------------------------------- figures
+    def tokens_per_second(self, job_id: str) -> float:
+        history = self._job_tokens.get(job_id)
+        if history is None or len(history) < 2:
+            return 0.0
+        (t0, n0), (t1, n1) = history[0], history[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def estimated_finish(self, job_id: str) -> int | None:
+        """Unix time, from the mean step time of this life of the server."""
+        job = self.jobs.get(job_id)
+        if job is None or job.started is None or job.step <= job.started_step or job.status != "running":
+            return None
+        now = time.time()
+        return round(now + (job.total_steps - job.step) * (now - job.started) / (job.step - job.started_step))
+
+    def window(self) -> Sequence[FinishedRequest]:
+        self._trim(time.monotonic())
+        return self._finished
+
+    def snapshot(self) -> dict[str, Any]:
+        """The body of `/flexllm/stats`, times in the units their names say."""
+        window, stats = self.window(), self.engine_stats
+        ttfts = [r.ttft * 1e3 for r in window]
+        tpots = [r.tpot * 1e3 for r in window if r.tpot is not None]
+        busy: dict[str, float] = {}
+        for _, kind, seconds in self._steps:
+            busy[kind] = busy.get(kind, 0.0) + seconds
+        return {
+            "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot, "attainment": self.attainment()["both"]},
+            "ttft_ms": {"p50": quantile(ttfts, 0.5), "p99": quantile(ttfts, 0.99)},
+            "tpot_ms": {"p50": quantile(tpots, 0.5), "p99": quantile(tpots, 0.99)},
+            "step": {**stats.get("step", {}), "seconds": stats.get("step_seconds"), "slack": stats.get("slack")},
+            "busy_seconds": {"window": WINDOW_SECONDS, **busy},
+            "requests": {"running": stats.get("num_running", 0), "waiting": stats.get("num_waiting", 0), "finished": self._num_finished},
+            "jobs": [
+                {
+                    "id": job.job_id,
+                    "status": job.status,
+                    "step": job.step,
+                    "total_steps": job.total_steps,
+                    "loss": job.loss,
+                    "tokens_per_second": self.tokens_per_second(job.job_id),
+                }
+                for job in self.jobs.values()
+            ],
+            "memory": stats.get("memory", {}),
+            "kv_usage": stats.get("kv_usage", 0.0),
+            "prediction_error": stats.get("prediction_error"),
+        }
+
+    def attainment(self) -> dict[str, float | None]:
+        """Share of the window's requests within the objectives; None when there were none."""
+        window = self.window()
+        if not window:
+            return {"ttft": None, "tpot": None, "both": None}
+        n = len(window)
+        return {
+            "ttft": sum(r.ttft <= self.slo.ttft for r in window) / n,
+            "tpot": sum(r.tpot is None or r.tpot <= self.slo.tpot for r in window) / n,
+            "both": sum(r.attained for r in window) / n,
+        }
+
+    def _trim(self, now: float) -> None:
+        while self._finished and self._finished[0].end < now - WINDOW_SECONDS:
+            self._finished.popleft()
+        while self._steps and self._steps[0][0] < now - WINDOW_SECONDS:
+            self._steps.popleft()
+
+
+class _Derived(Collector):
+    """What the engine counts itself, and what the window says: read at scrape time."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        stats, name = self._metrics.engine_stats, self._metrics._model_name
+        yield _gauge("vllm:num_requests_running", "Requests in the batch.", ["model_name"], [([name], stats.get("num_running", 0))])
+        yield _gauge("vllm:num_requests_waiting", "Requests that wait for pages.", ["model_name"], [([name], stats.get("num_waiting", 0))])
+        yield _gauge("vllm:kv_cache_usage_perc", "KV pages in use, 0 to 1.", ["model_name"], [([name], stats.get("kv_usage", 0.0))])
+        yield _counter("vllm:num_preemptions", "Requests sent back to wait.", ["model_name"], [([name], stats.get("num_preemptions", 0))])
+        adapters = ",".join(stats.get("adapters", []))
+        yield _gauge("vllm:lora_requests_info", "Adapters of running requests.", ["running_lora_adapters"], [([adapters], time.time())])
+        attained = [([slo], share) for slo, share in self._metrics.attainment().items() if share is not None]
+        yield _gauge("flexllm:slo_attainment_ratio", "Share of recent requests within the objective.", ["slo"], attained)
+        tokens = [([job, phase], n) for job, phases in stats.get("finetune_tokens", {}).items() for phase, n in phases.items()]
+        yield _counter("flexllm:finetune_tokens", "Training tokens run, forward and backward.", ["job", "phase"], tokens)
+        memory = [([pool], n) for pool, n in stats.get("memory", {}).items()]
+        yield _gauge("flexllm:memory_bytes", "Bytes in use.", ["pool"], memory)
+        for key, metric, text in (
+            ("prediction_error", "flexllm:latency_prediction_error_ratio", "Typical error of predicted iteration times."),
+            ("slack", "flexllm:slack_seconds", "What the latest iteration could spend on finetuning."),
+        ):
+            value = stats.get(key)
+            yield _gauge(metric, text, [], [([], value)] if value is not None else [])
+
+
+Samples = Iterable[tuple[list[str], float]]
+
+
+def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    metric = GaugeMetricFamily(name, text, labels=labels)
+    for values, sample in samples:
+        metric.add_metric(values, sample)
+    return metric
+
+
+def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    metric = CounterMetricFamily(name, text, labels=labels)
+    for values, sample in samples:
+        metric.add_metric(values, sample)
+    return metric
+
+
+def quantile(values: Sequence[float], q: float) -> float | None:
+    """Nearest rank; None of an empty sequence."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
