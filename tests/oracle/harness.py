@@ -84,7 +84,7 @@ def _all_in_float64(model: torch.nn.Module, config: ModelConfig) -> None:
     def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    def rotation(self: torch.nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(_self: torch.nn.Module, _x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = (position_ids[..., None].double() * frequencies).repeat(1, 1, 2)
         return angles.cos(), angles.sin()
 
@@ -117,7 +117,9 @@ class Bench:
         self.blocks = BlockPool(self.num_blocks, 16)
         self.trainer = Trainer(self.model, self.cache, self.pool)
 
-    def add_job(self, job_id: str, examples: list[tuple[np.ndarray, np.ndarray]], lora: LoraConfig, level: str, folder: Path) -> TrainingJob:
+    def add_job(
+        self, job_id: str, examples: list[tuple[np.ndarray, np.ndarray]], lora: LoraConfig, level: str, folder: Path
+    ) -> TrainingJob:
         """A job over (ids, labels) examples, all in one group; its adapter random in A and in B."""
         ids, labels = (np.concatenate(p).astype(np.int32) for p in zip(*examples, strict=True))
         offsets = np.cumsum([0, *(len(i) for i, _ in examples)]).astype(np.int64)
@@ -158,6 +160,13 @@ class Bench:
             self.trainer.finish_forward(hidden, batch)
         self.trainer.run_backward(plan)
         return hidden, batch
+
+    def logits(self, chunks: list[InferenceChunk]) -> torch.Tensor:
+        """Logits [rows, V] of one iteration of these chunks, decode rows first."""
+        hidden, _ = self.execute(StepPlan(inference=tuple(chunks)))
+        assert hidden is not None
+        with torch.no_grad():
+            return self.model.logits(hidden)
 
 
 def random_windows(sequences: list[Sequence], rng: random.Random, longest: int) -> tuple[TokenWindow, ...]:
