@@ -20,15 +20,15 @@ class StorageError(OSError):
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path for the caller to write; on leaving, it becomes `path`. StorageError when the disk refuses."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        with _storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield part
             _sync(part)
             os.replace(part, path)
             _sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -39,12 +39,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     `.<name>.old` beside it, and the next write puts it back if a crash fell into that instant.
     """
     part, old = path.with_name(f".{path.name}.part-{os.getpid()}"), path.with_name(f".{path.name}.old")
-    try:
-        with _storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            shutil.rmtree(part, ignore_errors=True)  # of a process that had this id and was killed
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(part, ignore_errors=True)  # of a process that had this id and was killed
+        try:
             part.mkdir()
             yield part
             for file in part.iterdir():
@@ -56,8 +56,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.rename(part, path)
             _sync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class AdapterOptimizer:
             case "linear":
                 return peak * max(0.0, (self._total_steps - step) / after_warmup)
             case "cosine":
-                return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after_warmup)))
+                return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / after_warmup))))
         raise AssertionError(self._config.lr_schedule)
 
     def step(self, grads: Mapping[str, Tensor]) -> tuple[float, float]:

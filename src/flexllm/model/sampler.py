@@ -206,24 +206,11 @@ def _draw_nucleus(weights: Tensor, u: Tensor, top_p: list[float]) -> Tensor:
     best, ids = weights.topk(min(_CANDIDATES, weights.shape[1]))
     picked = ids.gather(1, _invert(_nucleus(best, goal), u)[0][:, None])[:, 0]
     for row in (best.double().sum(-1) < goal).nonzero()[:, 0].tolist():  # too flat for so few
-        ids = _above_tail(weights[row], goal[row])
+        # Of m weights, those below (total - goal) / m add up to less than total - goal: the nucleus is among the others.
+        ids = (weights[row] >= (total[row] - goal[row]) / weights.shape[1]).nonzero()[:, 0]
         best, order = weights[row, ids].sort(descending=True, stable=True)
         picked[row] = ids[order[_invert(_nucleus(best[None], goal[row, None]), u[row, None])[0]]]
     return picked
-
-
-def _above_tail(weights: Tensor, goal: Tensor) -> Tensor:
-    """Ids among weights [m] that hold the nucleus and little else, without sorting.
-
-    With a sum S over k weights, those below (S - goal) / k add up to less than S - goal, so the others still reach the goal.
-    """
-    ids = torch.arange(len(weights), device=weights.device)
-    while True:
-        weights = weights.double()
-        keep = weights >= (weights.sum() - goal) / len(weights)
-        if keep.all():
-            return ids
-        ids, weights = ids[keep], weights[keep]
 
 
 def _nucleus(best: Tensor, goal: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+"""Durable state: what a killed process leaves is the old state or the new one, never neither and never a mixture."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexllm.files import StorageError, atomic_folder
+from flexllm.finetune.checkpoint import BackgroundWriter, load_resume, prune_old, save_resume
+
+KILLED = 9
+
+
+def state(version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return {"a": torch.full((5, 3), float(version)), "b": torch.arange(version + 1)}, {"version": version, "note": "é"}
+
+
+def loaded_version(folder: Path) -> int | None:
+    found = load_resume(folder)
+    if found is None:
+        return None
+    tensors, meta = found
+    expected = state(meta["version"])[0]
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[k], expected[k]) for k in expected)
+    return meta["version"]
+
+
+def killed_at(operation: int, action: Callable[[], None]) -> bool:
+    """Run `action` in a forked child that dies, without any clean-up, before its file operation number `operation`.
+
+    Returns whether it died; False means that it has no operation of that number and ran to its end.
+    """
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                if count == operation:
+                    os._exit(KILLED)
+                count += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("mkdir", "open", "fsync", "rename", "replace", "unlink"):
+            setattr(os, name, deadly(getattr(os, name)))
+        shutil.rmtree = deadly(shutil.rmtree)  # type: ignore[assignment]
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED), "the action failed in the child"
+    return status == KILLED
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The nearest thing to a full disk that needs no mount: writes beyond `size` bytes of a file fail."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+def test_save_and_load(tmp_path: Path) -> None:
+    assert load_resume(tmp_path / "resume") is None
+    for version in (1, 2):
+        save_resume(tmp_path / "resume", *state(version))
+        assert loaded_version(tmp_path / "resume") == version
+    assert len(list((tmp_path / "resume").iterdir())) == 1
+
+
+def test_killed_at_any_point_the_old_or_the_new_state_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "resume"
+    save_resume(folder, *state(1))
+    operation, seen = 0, []
+    while killed_at(operation, lambda: save_resume(folder, *state(2))):
+        seen.append(loaded_version(folder))
+        save_resume(folder, *state(1))  # what is left over does not disturb the next save
+        assert loaded_version(folder) == 1
+        operation += 1
+    assert loaded_version(folder) == 2
+    assert seen == sorted(seen)  # type: ignore[type-var]
+    assert set(seen) == {1, 2}
+
+
+def test_killed_in_the_first_save_there_is_nothing(tmp_path: Path) -> None:
+    operation = 0
+    while killed_at(operation, lambda: save_resume(tmp_path / f"resume-{operation}", *state(1))):  # noqa: B023
+        assert loaded_version(tmp_path / f"resume-{operation}") in (None, 1)
+        operation += 1
+    assert operation > 3
+
+
+def test_a_damaged_state_is_a_value_error(tmp_path: Path) -> None:
+    save_resume(tmp_path, *state(1))
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        load_resume(tmp_path)
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_state_alone(tmp_path: Path) -> None:
+    save_resume(tmp_path, *state(1))
+    with file_size_limit(1000), pytest.raises(StorageError, match=r"cannot write .*state\.safetensors"):
+        save_resume(tmp_path, {"big": torch.zeros(10_000)}, {})
+    assert loaded_version(tmp_path) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders
+def write_folder(path: Path, version: int) -> None:
+    with atomic_folder(path) as part:
+        for name in ("x", "y"):
+            (part / name).write_text(str(version))
+
+
+def folder_version(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    contents = {p.name: p.read_text() for p in path.iterdir()}
+    assert contents.keys() == {"x", "y"}
+    assert contents["x"] == contents["y"]
+    return contents["x"]
+
+
+def test_a_folder_killed_at_any_point_is_whole_or_comes_back_whole(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-1"
+    write_folder(path, 1)
+    operation, seen = 0, []
+    while killed_at(operation, lambda: write_folder(path, 2)):
+        seen.append(folder_version(path))
+        if seen[-1] is None:  # the instant between the two renames: what was there stands beside
+            assert folder_version(tmp_path / ".checkpoint-1.old") == "1"
+        write_folder(path, 1)
+        assert folder_version(path) == "1"
+        operation += 1
+    assert folder_version(path) == "2"
+    assert seen.count(None) == 1
+    write_folder(path, 3)
+    assert {"checkpoint-1"} == {p.name for p in tmp_path.iterdir() if ".part-" not in p.name}
+
+
+def test_a_failing_body_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_folder(path, 1)
+    with pytest.raises(ValueError, match="invalid literal"), atomic_folder(path) as part:
+        (part / "x").write_text(str(int("two")))
+    assert folder_version(path) == "1"
+    with pytest.raises(StorageError, match="No space left"), atomic_folder(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 100):
+        write_folder(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "resume").mkdir()
+    assert [p.name for p in prune_old(tmp_path, keep=2)] == ["checkpoint-2", "checkpoint-9"]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100", "resume"}
+    assert prune_old(tmp_path, keep=2) == []
+    with pytest.raises(ValueError, match="at least 1"):
+        prune_old(tmp_path, keep=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- writer
+def test_the_writer_works_in_order_without_blocking_and_reports_errors() -> None:
+    writer, done, gate = BackgroundWriter(), [], threading.Event()
+
+    def fail() -> None:
+        raise StorageError("disk full")
+
+    writer.submit(lambda: (gate.wait(10), done.append(1))[1])
+    writer.submit(fail)
+    writer.submit(lambda: done.append(2))
+    assert writer.errors() == []
+    assert done == []
+    gate.set()
+    assert [str(e) for e in writer.drain()] == ["disk full"]
+    assert done == [1, 2]
+    assert writer.errors() == []
+    writer.submit(lambda: done.append(3))
+    assert writer.close() == []
+    assert done == [1, 2, 3]
