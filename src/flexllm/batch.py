@@ -9,18 +9,15 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flexllm.core import InferenceChunk, Request, Sequence, StepPlan, TokenWindow
+from flexllm.memory.activations import SequenceState
 from flexllm.memory.kv_cache import KVCache
 from flexllm.peft.pool import AdapterPool, AdapterSlot
-
-if TYPE_CHECKING:
-    from flexllm.finetune.window import SequenceState
 
 
 @dataclass(frozen=True)

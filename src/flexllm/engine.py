@@ -20,8 +20,8 @@ from flexllm.config import EngineConfig, JobSpec
 from flexllm.core import FinetuneJob, JobEvent, JobStatus, Request, StepPlan, StepResult, TokenLogprob, TokenOutput
 from flexllm.finetune.job import TrainingJob
 from flexllm.finetune.trainer import Trainer
-from flexllm.memory.budget import ByteBudget, size_caches
 from flexllm.memory.block_pool import BlockPool
+from flexllm.memory.budget import ByteBudget, size_caches
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig
 from flexllm.model.decoder import Decoder

@@ -207,9 +207,9 @@ class _Body:
     def compile(self, name: str, arguments: str, kernels: ReferenceKernels) -> Emitted:
         dying: dict[int, list[str]] = {}
         returned = self.lines[-1].removeprefix("return ")
-        for value, line in self.last_use.items():
+        for value, used in self.last_use.items():
             if value not in ("_", returned):
-                dying.setdefault(line, []).append(value)
+                dying.setdefault(used, []).append(value)
         text = [f"def {name}({arguments}):"]
         for i, line in enumerate(self.lines):
             text.append(f"    {line}")

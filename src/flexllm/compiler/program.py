@@ -85,6 +85,6 @@ class ForwardPrograms:
         key = (sites, saves)
         if key not in self._cache:
             # The rank of the pooled LoRA parameters is the batch's business; the graph does not depend on it.
-            methods = [Lora(tuple(sorted(sites)), rank=1)] if sites else []
+            methods: list[PeftMethod] = [Lora(tuple(sorted(sites)), rank=1)] if sites else []
             self._cache[key] = emit_forward(trace_layer(self.config, methods), self.kernels, sorted(saves))
         return self._cache[key].function

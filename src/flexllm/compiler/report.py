@@ -10,7 +10,9 @@ from flexllm.compiler.program import LayerBackward, compile_layer_backward
 from flexllm.compiler.remat import rebuilt_from
 from flexllm.config import LoraConfig
 from flexllm.model.config import ModelConfig
+from flexllm.ops.operators import Operator
 from flexllm.ops.reference import ReferenceKernels
+from flexllm.peft.base import PeftMethod
 from flexllm.peft.lora import Lora
 
 ITEMSIZE = 2  # bf16
@@ -45,7 +47,8 @@ class CompileReport:
 
 def compile_report(config: ModelConfig, peft: LoraConfig, save_level: str, seq_length: int) -> CompileReport:
     """Needs no weights. ValueError for an unknown level."""
-    methods, kernels = [Lora(peft.target_modules, peft.r)], ReferenceKernels()
+    methods: list[PeftMethod] = [Lora(peft.target_modules, peft.r)]
+    kernels = ReferenceKernels()
     upper, lowest = (compile_layer_backward(config, methods, save_level, kernels, g) for g in (True, False))
     above = config.num_layers - 1
     per_token = above * upper.bytes_per_token(ITEMSIZE) + lowest.bytes_per_token(ITEMSIZE)
@@ -73,7 +76,8 @@ def _rows(backward: LayerBackward) -> list[TensorRow]:
     for name, node in backward.pruned.joint.layer.named.items():
         size = node.meta["columns"] * (4 if node.meta.get("fp32") else ITEMSIZE)
         if name in kept:
-            reader = next(u.target.name for u in node.users if u in backward.pruned.live) if node in needed else "a recomputation"
+            readers = [u.target.name for u in node.users if u in backward.pruned.live and isinstance(u.target, Operator)]
+            reader = readers[0] if node in needed else "a recomputation"
             row = TensorRow(name, size, "kept", f"read by {reader}")
         elif node in backward.recomputed:
             sources = ", ".join(_name(n) for n in rebuilt_from(node) or ())

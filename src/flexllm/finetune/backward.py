@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexllm.core import BackwardSlice, Sequence, SlicePart
 from flexllm.finetune.optimizer import GradientLedger
-from flexllm.finetune.window import SequenceState
+from flexllm.memory.activations import SequenceState
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.decoder import Decoder
 from flexllm.ops.reference import compute_dtype
@@ -64,7 +64,8 @@ def run_slice(
     """Take `work.parts` through layer `work.layer`: `grad` rows become the gradient of the layer's input."""
     parts = [states[p.sequence] for p in work.parts]
     first = parts[0]
-    assert first.program is not None and all(s.slot is first.slot for s in parts), "a slice belongs to one job"
+    assert first.program is not None, "backward of a sequence that only goes forward"
+    assert all(s.slot is first.slot for s in parts), "a slice belongs to one job"
     spans = [slice(p.start, p.end) for p in work.parts]
     grads = [s.grad for s in parts if s.grad is not None]
     assert len(grads) == len(parts), "backward before forward"

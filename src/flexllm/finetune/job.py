@@ -99,9 +99,9 @@ class TrainingJob:
             raise ValueError(f"an example has {longest} tokens; the context holds {model.rope[0].shape[0]}")
         _initialise(spec, slot, pool, model)
         opened = TrainingJob(spec, job, train, valid, slot, program, pool, model, base_model)
-        resume = Path(spec.output_dir) / RESUME_FOLDER
-        if spec.resume and resume.exists():
-            opened._load_resume(resume)
+        state = load_resume(Path(spec.output_dir) / RESUME_FOLDER) if spec.resume else None
+        if state is not None:
+            opened._go_on_from(*state)
         return opened
 
     # ------------------------------------------------------------------------------------------------------- stepping
@@ -150,8 +150,7 @@ class TrainingJob:
     def write_resume(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         save_resume(Path(self.spec.output_dir) / RESUME_FOLDER, tensors, meta)
 
-    def _load_resume(self, folder: Path) -> None:
-        tensors, meta = load_resume(folder)
+    def _go_on_from(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(tensors)
         self.job.step = int(meta["step"])
         self.tokens = int(meta["tokens"])
@@ -179,4 +178,3 @@ def _initialise(spec: JobSpec, slot: AdapterSlot, pool: AdapterPool, model: Deco
             bound = 1 / math.sqrt(tensor.shape[1])
             drawn = torch.empty(tensor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             tensor.copy_(drawn)
-

@@ -15,8 +15,8 @@ from flexllm.core import FinetuneJob, JobEvent, JobStatus, Sequence, StepPlan, T
 from flexllm.finetune.backward import run_slice
 from flexllm.finetune.checkpoint import BackgroundWriter
 from flexllm.finetune.job import LossSums, TrainingJob
-from flexllm.finetune.window import SequenceState, finish_forward
-from flexllm.memory.activations import ActivationStore
+from flexllm.finetune.window import finish_forward
+from flexllm.memory.activations import ActivationStore, SequenceState
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.decoder import Decoder
 from flexllm.peft.pool import AdapterPool

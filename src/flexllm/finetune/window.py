@@ -1,48 +1,17 @@
-"""The forward half of token-level finetuning: a sequence's state, and the loss of a window with its gradient at once."""
+"""The forward half of token-level finetuning: the loss of every window, with its gradient at once."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flexllm.batch import FusedBatch, WindowRows
-from flexllm.compiler.program import JobProgram
-from flexllm.core import Sequence, WindowLoss
-from flexllm.memory.activations import ActivationStore
+from flexllm.core import WindowLoss
 from flexllm.model.decoder import Decoder
-from flexllm.peft.pool import AdapterSlot
 
 IGNORED = -100
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """The tensors of one sequence in flight.
-
-    `grad` [T, d]: row t holds the gradient of the output of the lowest layer whose backward has passed over t (algorithms.md 2.2).
-    `kv_grad` [2, T, K, hd] in fp32: dK and dV of the one layer under way; None between layers.
-    """
-
-    sequence: Sequence
-    ids: np.ndarray  # [T] int32
-    labels: Tensor  # [T] int64; IGNORED where no label counts
-    slot: AdapterSlot
-    program: JobProgram | None  # None: forward only (validation)
-    store: ActivationStore
-    grad: Tensor | None = None
-    kv_grad: Tensor | None = field(default=None)
-
-    def prepare(self, layer: int) -> frozenset[str]:
-        """Make room for what `layer` saves; returns its names."""
-        if self.program is None or layer < self.program.lowest_layer:
-            return frozenset()
-        compiled = self.program.layer(layer)
-        self.store.allocate(layer, compiled.saved)
-        return compiled.saved_names
 
 
 def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch) -> tuple[WindowLoss, ...]:

@@ -1,16 +1,25 @@
-"""The saved set of one training sequence: what the compiled forward keeps for the compiled backward."""
+"""What one training sequence holds besides its pages: the saved set, and the gradients on their way down the layers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from flexllm.compiler.program import JobProgram
 from flexllm.compiler.remat import SavedTensor
+from flexllm.core import Sequence
+from flexllm.peft.pool import AdapterSlot
 
 
 class ActivationStore:
-    """Per layer and name a tensor [length, columns], indexed by absolute position; allocated at the first write of a layer,
-    freed when the layer's backward is done. `bytes` is what is held now."""
+    """What the compiled forward keeps for the compiled backward.
+
+    Per layer and name a tensor [length, columns], indexed by absolute position; allocated at the first write of a layer,
+    freed when the layer's backward is done. `bytes` is what is held now.
+    """
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.length, self.dtype, self.device = length, dtype, device
@@ -41,3 +50,29 @@ class ActivationStore:
 
     def check_integrity(self) -> None:
         assert self.bytes == sum(t.nbytes for layer in self._layers.values() for t in layer.values())
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """The tensors of one sequence in flight.
+
+    `grad` [T, d]: row t holds the gradient of the output of the lowest layer whose backward has passed over t (algorithms.md 2.2).
+    `kv_grad` [2, T, K, hd] in fp32: dK and dV of the one layer under way; None between layers.
+    """
+
+    sequence: Sequence
+    ids: np.ndarray  # [T] int32
+    labels: Tensor  # [T] int64; IGNORED where no label counts
+    slot: AdapterSlot
+    program: JobProgram | None  # None: forward only (validation)
+    store: ActivationStore
+    grad: Tensor | None = None
+    kv_grad: Tensor | None = None
+
+    def prepare(self, layer: int) -> frozenset[str]:
+        """Make room for what `layer` saves; returns its names."""
+        if self.program is None or layer < self.program.lowest_layer:
+            return frozenset()
+        compiled = self.program.layer(layer)
+        self.store.allocate(layer, compiled.saved)
+        return compiled.saved_names

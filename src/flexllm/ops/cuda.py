@@ -18,9 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class CudaKernels(ReferenceKernels):
     name = "cuda"
 
-    def decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float
-    ) -> Tensor:
+    def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
         k, v = k_cache[slots].transpose(1, 2), v_cache[slots].transpose(1, 2)  # [B, K, C, hd]
         alive = torch.arange(slots.shape[1], device=q.device)[None] < lengths[:, None]
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -61,7 +61,7 @@ class Operator:
         out.node.meta.update(columns=cols, flops=self.flops(*args))
         if not isinstance(cols, tuple):
             return out
-        results = tuple(out[i] for i in range(len(cols)))
+        results = tuple(out[i] for i in range(len(cols)))  # type: ignore[index]
         for i, (result, c) in enumerate(zip(results, cols, strict=True)):
             result.node.meta.update(columns=c, fp32=i in self.fp32_outputs)
         return results
@@ -72,7 +72,7 @@ def is_operator(node: Node) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- linear algebra
-linear = Operator(
+linear: Operator = Operator(
     "linear",  # (x, w, bias): a frozen base GEMM
     columns=lambda x, w, b: shape(w)[0],
     backward=lambda a, out, g: (lambda: linear_dx(g, a[1]), lambda: matmul_tn(g, a[0]), None),
@@ -80,28 +80,28 @@ linear = Operator(
     recompute=False,
     shard="column",
 )
-linear_dx = Operator(
+linear_dx: Operator = Operator(
     "linear_dx",  # (dy, w)
     columns=lambda g, w: shape(w)[1],
     flops=lambda g, w: 2.0 * shape(w)[0] * shape(w)[1],
     recompute=False,
     shard="row",
 )
-matmul_nt = Operator(
+matmul_nt: Operator = Operator(
     "matmul_nt",  # (x, w): x w^T with a small trainable w
     columns=lambda x, w: shape(w)[0],
     backward=lambda a, out, g: (lambda: matmul_nn(g, a[1]), lambda: matmul_tn(g, a[0])),
     flops=lambda x, w: 2.0 * shape(w)[0] * shape(w)[1],
     shard="column",
 )
-matmul_nn = Operator(
+matmul_nn: Operator = Operator(
     "matmul_nn",  # (x, w): x w with a small trainable w
     columns=lambda x, w: shape(w)[1],
     backward=lambda a, out, g: (lambda: matmul_nt(g, a[1]), lambda: matmul_tn(a[0], g)),
     flops=lambda x, w: 2.0 * shape(w)[0] * shape(w)[1],
     shard="row",
 )
-matmul_tn = Operator(
+matmul_tn: Operator = Operator(
     "matmul_tn",  # (a, b): a^T b summed over rows; a parameter's gradient
     columns=lambda a, b: columns(b),
     flops=lambda a, b: 2.0 * columns(a) * columns(b),
@@ -109,71 +109,69 @@ matmul_tn = Operator(
     row_local=False,
     shard="reduce",
 )
-add = Operator(
+add: Operator = Operator(
     "add",
     columns=lambda a, b: columns(a),
     backward=lambda a, out, g: (lambda: g, lambda: g),
     flops=lambda a, b: float(columns(a)),
 )
-scale_columns = Operator(
+scale_columns: Operator = Operator(
     "scale_columns",  # (u, mask): the rank mask selects the adapter that owns a row
     columns=lambda u, mask: columns(u),
     backward=lambda a, out, g: (lambda: scale_columns(g, a[1]), None),
     flops=lambda u, mask: float(columns(u)),
 )
-split = Operator(
+split: Operator = Operator(
     "split",  # (x, sizes)
     columns=lambda x, sizes: tuple(sizes),
     backward=lambda a, out, g: (lambda: concat(*g), None),
 )
-concat = Operator(
+concat: Operator = Operator(
     "concat",
     columns=lambda *parts: sum(columns(p) for p in parts),
-    backward=lambda a, out, g: tuple(
-        (lambda i=i: split(g, tuple(columns(p) for p in a))[i]) for i in range(len(a))
-    ),
+    backward=lambda a, out, g: tuple((lambda i=i: split(g, tuple(columns(p) for p in a))[i]) for i in range(len(a))),
 )
 
 # ---------------------------------------------------------------------------------------- normalisation and elementwise
-rms_norm = Operator(
+rms_norm: Operator = Operator(
     "rms_norm",  # (x, weight, eps); the norm's weight is frozen
     columns=lambda x, w, eps: columns(x),
     backward=lambda a, out, g: (lambda: rms_norm_dx(g, *a), None, None),
     flops=lambda x, w, eps: 4.0 * columns(x),
 )
-rms_norm_dx = Operator("rms_norm_dx", columns=lambda g, x, w, eps: columns(x), flops=lambda g, x, w, eps: 9.0 * columns(x))
-head_rms_norm = Operator(
+rms_norm_dx: Operator = Operator("rms_norm_dx", columns=lambda g, x, w, eps: columns(x), flops=lambda g, x, w, eps: 9.0 * columns(x))
+head_rms_norm: Operator = Operator(
     "head_rms_norm",
     columns=lambda x, w, eps: columns(x),
     backward=lambda a, out, g: (lambda: head_rms_norm_dx(g, *a), None, None),
     flops=lambda x, w, eps: 4.0 * columns(x),
     shard="head",
 )
-head_rms_norm_dx = Operator(
+head_rms_norm_dx: Operator = Operator(
     "head_rms_norm_dx", columns=lambda g, x, w, eps: columns(x), flops=lambda g, x, w, eps: 9.0 * columns(x), shard="head"
 )
-rope = Operator(
+rope: Operator = Operator(
     "rope",  # (x, cos, sin)
     columns=lambda x, cos, sin: columns(x),
     backward=lambda a, out, g: (lambda: rope_transpose(g, a[1], a[2]), None, None),
     flops=lambda x, cos, sin: 3.0 * columns(x),
     shard="head",
 )
-rope_transpose = Operator(
+rope_transpose: Operator = Operator(
     "rope_transpose", columns=lambda g, cos, sin: columns(g), flops=lambda g, cos, sin: 3.0 * columns(g), shard="head"
 )
-swiglu = Operator(
+swiglu: Operator = Operator(
     "swiglu",  # (gate, up)
     columns=lambda g, u: columns(g),
     backward=lambda a, out, dm: _both(swiglu_backward, (dm, a[0], a[1])),
     flops=lambda g, u: 5.0 * columns(g),
 )
-swiglu_backward = Operator(
+swiglu_backward: Operator = Operator(
     "swiglu_backward", columns=lambda dm, g, u: (columns(g), columns(u)), flops=lambda dm, g, u: 10.0 * columns(g)
 )
 
 # ------------------------------------------------------------------------------------------------------------ attention
-attend = Operator(
+attend: Operator = Operator(
     "attend",  # (q, k, v): writes k, v to the pages and attends to them; gives o and, for window rows, the log-sum-exp
     columns=lambda q, k, v: (columns(q), columns(q) // q.node.meta["head_dim"]),
     backward=lambda a, out, g: _both(attend_backward, (g[0], a[0], out[0], out[1])),
@@ -183,7 +181,7 @@ attend = Operator(
     context=True,
     fp32_outputs=(1,),
 )
-attend_backward = Operator(
+attend_backward: Operator = Operator(
     "attend_backward",  # (do, q, o, lse): K and V come from the pages; dK, dV are finished rows of the accumulators
     columns=lambda do, q, o, lse: (columns(q), q.node.meta["kv_columns"], q.node.meta["kv_columns"]),
     recompute=False,

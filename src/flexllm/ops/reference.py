@@ -82,14 +82,14 @@ class ReferenceKernels:
 
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Column views."""
-        return torch.split(x, sizes, dim=-1)
+        return torch.split(x, list(sizes), dim=-1)
 
     def concat(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, dim=-1)
 
     # ------------------------------------------------------------------------------------------------ normalisation
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [N, d] * rsqrt(mean(x^2) + eps) * weight, the normalised value rounded to the model's type before the product (as Llama does)."""
+        """x [N, d] * rsqrt(mean(x^2) + eps) * weight; rounded to the model's type before the product, as Llama does."""
         xf = x.to(compute_dtype(x.dtype))
         return weight * (xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -111,7 +111,7 @@ class ReferenceKernels:
 
     # -------------------------------------------------------------------------------------------------- elementwise
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate each head of x [N, H*hd]; cos, sin [N, hd] in the model's type, halves repeated (Hugging Face's rotate_half convention)."""
+        """Rotate each head of x [N, H*hd]; cos, sin [N, hd] in the model's type, halves repeated (rotate_half)."""
         xh = x.unflatten(-1, (-1, cos.shape[-1]))
         x1, x2 = xh.chunk(2, dim=-1)
         return (xh * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]).flatten(-2)
@@ -132,9 +132,7 @@ class ReferenceKernels:
         return dg.to(g.dtype), (dmf * gf * sg).to(g.dtype)
 
     # ---------------------------------------------------------------------------------------------------- attention
-    def decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float
-    ) -> Tensor:
+    def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
         """One query row per request against its own cached keys.
 
         q [B, H, hd]; k_cache, v_cache [num_slots, K, hd]; slots [B, C] int64: cache slots of positions 0..C-1, padded

@@ -14,7 +14,10 @@ from torch.fx import Proxy
 
 
 class PeftMethod(Protocol):
-    kind: str
+    @property
+    def kind(self) -> str:
+        """Names its per-row table."""
+        ...
 
     @property
     def sites(self) -> tuple[str, ...]:
