@@ -105,26 +105,29 @@ class RequestQueues:
         for request in sorted(self._need_page.values(), key=self._urgency):
             if request.id in self._need_page:  # not preempted meanwhile
                 self._grow(request, reclaim)
-        chunks = [InferenceChunk(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
-        rows_left = self._config.max_batch_tokens - len(chunks)
+        decodes = [InferenceChunk(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
+        prefills: list[InferenceChunk] = []
+        rows_left = self._config.max_batch_tokens - len(decodes)
         self.page_blocked = False
         candidates = self._prefill_order(reclaim, reclaimable)
         while rows_left > 0 and (candidate := next(candidates, None)) is not None:
             start, end = candidate.num_computed, min(candidate.num_tokens, candidate.num_computed + rows_left)
-            chunks.append(InferenceChunk(candidate, start, end, end == candidate.num_tokens))
+            chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
+            (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
             rows_left -= end - start
-        return tuple(chunks)
+        return (*decodes, *prefills)
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
-        """Of the chunks `plan` returned just now (what `features_of` computes, without looking at the decode rows)."""
-        decode_rows = len(self._decoding)
-        prefill = chunks[decode_rows:]
+        """Of the chunks `plan` returned just now: what `features_of` computes, without a look at every decode row."""
+        known = len(self._decoding)
+        decodes = [c for c in chunks[known:] if c.is_decode]
+        prefills = chunks[known + len(decodes) :]
         return PlanFeatures(
-            rows=decode_rows + sum(c.end - c.start for c in prefill),
-            decode_rows=decode_rows,
-            decode_context=self._decode_context,
-            prefill_pairs=sum(c.pairs for c in prefill),
-            sampled_rows=decode_rows + sum(c.sample for c in prefill),
+            rows=known + sum(c.end - c.start for c in chunks[known:]),
+            decode_rows=known + len(decodes),
+            decode_context=self._decode_context + sum(c.end for c in decodes),
+            prefill_pairs=sum(c.pairs for c in prefills),
+            sampled_rows=known + sum(c.sample for c in chunks[known:]),
         )
 
     def slack(self, now: float, chunks: tuple[InferenceChunk, ...]) -> float:
