@@ -69,6 +69,12 @@ class FakeEngine:
         self._staircase: dict[int, list[int]] = {}  # lowest row done at each layer
         self._ledger: dict[str, list[int]] = defaultdict(list)  # examples whose gradients are in
 
+    def holds(self, job: FinetuneJob) -> bool:
+        """Whether every sequence of the job could be held when nothing else is."""
+        longest = max([*job.lengths, *job.valid_lengths])
+        fits = self.pool.blocks_for(longest) + 1 <= self.pool.num_blocks
+        return fits and max(job.lengths) * job.bytes_per_token <= self.budget.total
+
     # --------------------------------------------------------------------------------------------------------- commands
     def add_request(self, request: Request) -> None:
         self.scheduler.add_request(request)
