@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +59,29 @@ class BackgroundWriter:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._errors: deque[Exception] = deque()
 
     def submit(self, write: Callable[[], None]) -> None:
         """Run `write` after everything submitted before. What it closes over must not change meanwhile. Never blocks."""
-        self._pending.append(self._executor.submit(write))
+        self._executor.submit(self._run, write)
 
-    def errors(self) -> list[BaseException]:
+    def errors(self) -> list[Exception]:
         """What the writes that have ended since the last call raised."""
-        errors = []
-        while self._pending and self._pending[0].done():
-            error = self._pending.popleft().exception()
-            if error is not None:
-                errors.append(error)
-        return errors
+        return [self._errors.popleft() for _ in range(len(self._errors))]
 
-    def drain(self) -> list[BaseException]:
+    def drain(self) -> list[Exception]:
         """Wait for every write; returns `errors()`."""
-        wait(self._pending)
+        self._executor.submit(lambda: None).result()
         return self.errors()
 
-    def close(self) -> list[BaseException]:
+    def close(self) -> list[Exception]:
         """`drain`, then end the thread."""
         errors = self.drain()
         self._executor.shutdown()
         return errors
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # the thread must outlive any of them
+            self._errors.append(error)

@@ -274,8 +274,9 @@ def _tokenize_chat(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple
 def _assistant_span(messages: list[dict[str, str]], i: int, ids: list[int], tokenizer: Tokenizer) -> tuple[int, int]:
     """Where the reply messages[i] stands in `ids`, the rendering of all messages: [begin, end), end of turn included.
 
-    It begins where the prompt that asks for it ends, so that training sees what inference will. It ends with the first
-    end-of-sequence token, or, for templates that write none, where the rendering up to this message ends.
+    It begins where the prompt that asks for it ends, so that training sees what inference will (at the very start, if
+    the conversation opens with it). It ends with the first end-of-sequence token, or, for templates that write none,
+    where the rendering up to this message ends.
     """
     prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True) if i else []
     begin = _common_prefix(prompt, ids)
