@@ -83,6 +83,7 @@ class Engine:
         plan = self.scheduler.schedule(start)
         tokens, losses = self.execute(plan)
         result = StepResult(tokens, losses, start, self.clock())
+        self.last_step = plan, result
         outputs = self._finish_requests(self.scheduler.update(plan, result))
         return replace(result, outputs=outputs, events=self._finish_jobs())
 

@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
 from flexllm.batch import FusedBatch
 from flexllm.config import FinetuneConfig, JobSpec, LoraConfig
@@ -69,6 +70,7 @@ def random_hf_model(family: str, folder: Path, dtype: torch.dtype = torch.float6
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name else 0.0))  # about 1 / sqrt(hidden size)
     model.save_pretrained(folder)
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))  # engines ask for one; these tests speak in token ids
     if dtype == torch.float64:
         _all_in_float64(model, ModelConfig.from_hf(folder))
     return model.eval()
