@@ -24,8 +24,8 @@ from flexllm.model.config import ModelConfig
 from flexllm.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from flexllm.scheduler.latency import LatencyModel
 
-# Offline nobody waits for a token: iterations may be long (seconds), which is where the device is fastest.
-OFFLINE_SCHEDULER = SchedulerConfig(slo=SLO(ttft=3600.0, tpot=3600.0), idle_slice=1.0, max_waiting=1 << 20)
+# Offline nobody waits for a token: iterations may be long, which is where the device is fastest.
+OFFLINE_SCHEDULER = SchedulerConfig(slo=SLO(ttft=3600.0, tpot=3600.0), idle_slice=10.0, max_waiting=1 << 20)
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flexllm.cli.options import DEFAULT_MODEL, Model, model_ref
 from flexllm.config import LORA_TARGETS, LoraConfig
@@ -17,6 +18,8 @@ from flexllm.config import LORA_TARGETS, LoraConfig
 if TYPE_CHECKING:
     from flexllm.compiler.report import CompileReport
     from flexllm.model.config import ModelConfig
+
+STYLES = {"kept": "yellow", "recomputed": "cyan", "paged": "green", "pruned": "dim"}
 
 
 def compile(
@@ -63,12 +66,30 @@ def _model_config(model: str, config: Path | None) -> ModelConfig:
 
 
 def _print(report: CompileReport) -> None:
-    view = Table(title=report.title)
-    view.add_column("tensor")
-    view.add_column("bytes/token", justify="right")
+    view = Table(title=report.title, caption="One layer; bytes and FLOPs per token, bf16.")
+    view.add_column("tensor", no_wrap=True)
+    view.add_column("bytes", justify="right")
     view.add_column("decision")
+    view.add_column("extra FLOPs", justify="right")
     view.add_column("reason")
     for row in report.rows:
-        view.add_row(row.tensor, f"{row.bytes_per_token:,}", row.decision, row.reason)
-    console = Console()
+        extra = f"{row.extra_flops:,.0f}" if row.extra_flops else ""
+        decision = Text(row.decision, style=STYLES[row.decision])
+        view.add_row(row.tensor, f"{row.bytes_per_token:,}", decision, extra, row.reason)
+    console = Console(highlight=False)
     console.print(view)
+    share = report.extra_flops_per_token / report.backward_flops_per_token
+    for line in (
+        f"kept in a layer         {report.layer_bytes_per_token:,} bytes per token",
+        f"kept in all layers      {report.bytes_per_token:,} bytes per token, {_size(report.total_bytes)} for {report.seq_length} tokens",
+        f"K/V pages, there anyway {report.kv_bytes_per_token:,} bytes per token",
+        f"recomputation           {report.extra_flops_per_token:,.0f} FLOPs per token, {share:.2%} of the backward",
+    ):
+        console.print(line)
+    console.print("gradients that nobody needs:")
+    for dropped in report.dropped_gradients:
+        console.print(f"  {dropped}", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
