@@ -1,0 +1,145 @@
+"""Attention on a CPU as plain batched GEMMs (oneDNN runs them in bf16; torch's own CPU attention does not use it).
+
+The query heads that share a KV head are folded into the rows of its matrices: K matrices of s*G rows, G = H / K. A window
+is cut into tiles of query rows, and a tile's keys end at its last row, so that all but the corner of the upper triangle is
+never computed. What a tile needs stays small enough for the allocator to hand out the same, warm memory again.
+Legend as in reference.py; n keys of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flexllm.ops.reference import compute_dtype
+
+TILE_ROWS = 128
+TILE_SCORES = 2**21  # elements of one tile's score matrix, all heads
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """See ReferenceKernels.decode_attention. Scores are rounded to the model's type."""
+    (batch, heads, hd), kv_heads, context = q.shape, k_cache.shape[1], slots.shape[1]
+    # Rows of the cache seen as [num_slots * K, hd]: one gather gives [B, K, C, hd] with every head's keys contiguous.
+    index = torch.add(torch.arange(kv_heads)[:, None], slots[:, None], alpha=kv_heads)
+    k = torch.embedding(k_cache.flatten(0, 1), index).flatten(0, 1)
+    v = torch.embedding(v_cache.flatten(0, 1), index).flatten(0, 1)
+    scores = torch.bmm((q * scale).view(batch * kv_heads, -1, hd), k.transpose(1, 2))  # [B*K, G, C]
+    dead = torch.arange(context) >= lengths[:, None]
+    scores.view(batch, heads, context).masked_fill_(dead[:, None], -math.inf)
+    return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, hd)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See ReferenceKernels.window_attention. Scores and softmax in the compute type, P rounded to the model's for P V."""
+    (s, heads, _), (b, kv_heads, _) = q.shape, k.shape
+    dtype = compute_dtype(q.dtype)
+    group = heads // kv_heads
+    rows = _fold(q.to(dtype) * scale, kv_heads)  # [K, s*G, hd]
+    keys = k.transpose(0, 1).to(dtype).transpose(1, 2)  # [K, hd, b]
+    values = v.transpose(0, 1).contiguous()
+    o = torch.empty_like(rows, dtype=q.dtype)
+    lse = rows.new_empty(rows.shape[:2])
+    above = _above_diagonal(min(s, TILE_ROWS), dtype)
+    for start, end in _tiles(s, b, heads):
+        n, tile = b - s + end, slice(start * group, end * group)
+        p = torch.bmm(rows[:, tile], keys[..., :n])
+        p.unflatten(1, (-1, group))[..., n - end + start :] += above[: end - start, :, : end - start]
+        top = p.amax(-1)
+        torch.softmax(p, -1, out=p)
+        torch.sub(top, p.amax(-1).log_(), out=lse[:, tile])  # the largest probability is exp(top - lse)
+        torch.bmm(p.to(q.dtype), values[:, :n], out=o[:, tile])
+    return _unfold(o, s), _unfold(lse[..., None], s).squeeze(-1)
+
+
+def window_attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ReferenceKernels.window_attention_backward.
+
+    Every tile matrix is in the model's type. What would lose by that are differences of close numbers, S - lse and
+    dO V^T - delta: two more columns subtract them inside the GEMM, before it rounds. S is taken relative to
+    c = lse - ln(2^e), 2^e ~ sqrt(b), which lies between the scores of flat and of peaked rows; dO is scaled by 2^-e in return.
+    """
+    (s, heads, hd), (b, kv_heads, _) = q.shape, k.shape
+    dtype = compute_dtype(q.dtype)
+    group = heads // kv_heads
+    power, rest = _power_of_two(scale)
+    e = round(math.log2(b) / 2)
+    delta = (do.to(dtype) * o.to(dtype)).sum(-1)
+    q_ext = _extend_rows(q * power, (lse - e * math.log(2)) / rest, kv_heads)  # [K, s*G, hd+2]
+    do_ext = _extend_rows(do * 2.0**-e, delta * 2.0**-e, kv_heads)
+    k_ext, v_ext = _extend_keys(k), _extend_keys(v)  # [K, b, hd+2]
+    q_rows, do_rows, keys = q_ext[..., :hd], do_ext[..., :hd], k_ext[..., :hd]
+    dq = q_ext.new_empty(q_rows.shape)
+    dk, dv = torch.zeros(2, kv_heads, b, hd, dtype=dtype)
+    above = _above_diagonal(min(s, TILE_ROWS), q.dtype)
+    for start, end in _tiles(s, b, heads):
+        n, tile = b - s + end, slice(start * group, end * group)
+        p = torch.bmm(q_ext[:, tile], k_ext[:, :n].transpose(1, 2))
+        p.unflatten(1, (-1, group))[..., n - end + start :] += above[: end - start, :, : end - start]
+        if rest != 1.0:
+            p *= rest
+        p.exp_()  # 2^e times the probabilities
+        dv[:, :n] += torch.bmm(p.transpose(1, 2), do_rows[:, tile]).to(dtype)
+        ds = torch.bmm(do_ext[:, tile], v_ext[:, :n].transpose(1, 2)).mul_(p)
+        torch.bmm(ds, keys[:, :n], out=dq[:, tile])
+        dk[:, :n] += torch.bmm(ds.transpose(1, 2), q_rows[:, tile]).to(dtype)
+    if rest != 1.0:
+        dk *= rest
+    return _unfold(dq, s) * scale, dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def _tiles(s: int, b: int, heads: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover a window, the last rows first."""
+    end = s
+    while end > 0:
+        rows = min(TILE_ROWS, max(16, TILE_SCORES // (heads * (b - s + end))))
+        start = max(0, end - rows)
+        yield start, end
+        end = start
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[s, H, c] -> [K, s*G, c]."""
+    s, _, c = x.shape
+    return x.reshape(s, kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, c)
+
+
+def _unfold(x: Tensor, s: int) -> Tensor:
+    """[K, s*G, c] -> [s, H, c]."""
+    kv_heads, _, c = x.shape
+    return x.view(kv_heads, s, -1).transpose(0, 1).reshape(s, -1, c)
+
+
+def _extend_rows(x: Tensor, extra: Tensor, kv_heads: int) -> Tensor:
+    """x [s, H, hd] and, in two further columns whose sum it is, extra [s, H] -> [K, s*G, hd+2]."""
+    s, heads, hd = x.shape
+    out = x.new_empty(kv_heads, s, heads // kv_heads, hd + 2)
+    high = extra.to(x.dtype)
+    for column, value in ((slice(hd), x), (hd, high), (hd + 1, extra - high)):
+        out[..., column] = value.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+    return out.flatten(1, 2)
+
+
+def _extend_keys(x: Tensor) -> Tensor:
+    """x [b, K, hd] -> [K, b, hd+2]; the further columns are -1, so that a product subtracts the rows' extra."""
+    b, kv_heads, hd = x.shape
+    out = x.new_empty(kv_heads, b, hd + 2)
+    out[..., :hd] = x.transpose(0, 1)
+    out[..., hd:] = -1
+    return out
+
+
+def _above_diagonal(rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, 1, rows]: -inf above the diagonal, else 0."""
+    return torch.full((rows, rows), -math.inf, dtype=dtype).triu_(1)[:, None]
+
+
+def _power_of_two(scale: float) -> tuple[float, float]:
+    """scale = power * rest, power a power of two (exact to multiply by in any float type) and 1 <= rest < 2."""
+    mantissa, exponent = math.frexp(scale)
+    return 2.0 ** (exponent - 1), 2 * mantissa
