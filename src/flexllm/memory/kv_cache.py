@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexllm.memory.lazy import lazy_zeros
+
 
 class KVCache:
     """Per layer, `k[layer]` and `v[layer]` are [num_slots, K, hd]; slot = block * block_size + offset.
@@ -19,8 +21,8 @@ class KVCache:
         self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size, self.num_slots = block_size, num_blocks * block_size
-        # zeros, not empty: a padded read must never meet a NaN. On a CPU untouched zero pages cost nothing.
-        store = [torch.zeros(2, self.num_slots, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
+        # zeros, not empty: a padded read must never meet a NaN
+        store = [lazy_zeros(2, self.num_slots, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
         self.k, self.v = [s[0] for s in store], [s[1] for s in store]
         self.device = device
 

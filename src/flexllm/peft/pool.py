@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexllm.config import LoraConfig
+from flexllm.memory.lazy import lazy_zeros
 from flexllm.model.config import ModelConfig
 from flexllm.model.layer import SITES, site_shapes
 
@@ -52,7 +53,7 @@ class AdapterPool:
         shapes = site_shapes(self.model)
         self._layers: list[dict[str, Tensor]] = [
             {
-                f"{site}.{name}": torch.zeros(self.capacity, size, dtype=self.dtype, device=self.device)
+                f"{site}.{name}": lazy_zeros(self.capacity, size, dtype=self.dtype, device=self.device)
                 for site in SITES
                 for name, size in (("A", shapes[site][1]), ("B", shapes[site][0]))
             }
