@@ -273,7 +273,7 @@ class Engine:
                 "finetune_budget": self.finetune_budget.total,
                 "optimizer": sum(t.optimizer.nbytes + t.ledger.nbytes for t in self.trainer.jobs.values()),
             },
-            "finetune_tokens": {j: t.tokens for j, t in self.trainer.jobs.items()},
+            "finetune_tokens": {j: {"backward": t.tokens} for j, t in self.trainer.jobs.items()},  # by the phase they have been through
         }
 
     def _profile_path(self) -> Path:
