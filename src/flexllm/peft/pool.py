@@ -103,7 +103,7 @@ class AdapterPool:
             _, layer, site, which = name.split(".")
             if which == "A":
                 b = parameters[f"layers.{layer}.{site}.B"]
-                out[int(layer), site] = (a.detach().clone(), b.detach().t().contiguous())
+                out[int(layer), site] = (a.detach().clone(), b.detach().t().clone(memory_format=torch.contiguous_format))
         return out
 
     def range(self, start: int, end: int) -> list[dict[str, Tensor]]:
