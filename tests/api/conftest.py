@@ -41,7 +41,7 @@ class Server:
         return self.http().get("/flexllm/stats").json()
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """The first true value of `condition`, polled; AssertionError when there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -49,6 +49,17 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
             return value
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")
+
+
+def wait_for_job(client: OpenAI, job_id: str, status: str) -> Any:
+    """The job once it has that status; AssertionError if it ends with another."""
+
+    def reached() -> Any:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        assert job.status == status or job.status not in ("failed", "cancelled", "succeeded"), job
+        return job if job.status == status else None
+
+    return eventually(reached)
 
 
 @contextmanager

@@ -14,11 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tokenizers import Tokenizer  # flexllm's own brings transformers with it, seconds per process
+
 from flexllm.config import EngineConfig, JobSpec
 from flexllm.core import FinishReason, JobEvent, JobStatus, Request, StepResult, TokenLogprob, TokenOutput
+from flexllm.files import atomic_file
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.model.config import ModelConfig
-from flexllm.model.tokenizer import Tokenizer
 from flexllm.server.engine_process import ProgressCallback
 
 REPLY = "Hello wörld, this is a reply. "
@@ -53,9 +55,8 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         assert self.config.model is not None
-        tokenizer = Tokenizer(self.config.model)
-        self._tokenizer = tokenizer
-        self._reply = tokenizer.encode(REPLY)
+        self._tokenizer = Tokenizer.from_file(f"{self.config.model}/tokenizer.json")
+        self._reply = self._tokenizer.encode(REPLY).ids
         real = ModelConfig.from_hf(Path(self.config.model))
         self.model_config = SimpleNamespace(vocab_size=real.vocab_size, eos_ids=real.eos_ids)
         self.max_model_len = min(self.config.max_model_len or real.max_len, real.max_len)
@@ -175,8 +176,8 @@ class FakeEngine:
             events.append(JobEvent(job_id, "checkpoint", loss=4.0 / job.step, token_accuracy=0.5, path=str(path), **common))
         if job.spec.valid_path and job.step == job.total:
             events.append(JobEvent(job_id, "validation", loss=1.25, token_accuracy=0.75, **common))
-        job.resume_file.parent.mkdir(parents=True, exist_ok=True)
-        job.resume_file.write_text(str(job.step))
+        with atomic_file(job.resume_file) as part:
+            part.write_text(str(job.step))
         if job.step == job.total:
             del self._jobs[job_id]
             events.append(JobEvent(job_id, "status", status=JobStatus.SUCCEEDED, **common))
@@ -190,7 +191,7 @@ class FakeEngine:
             "kv_usage": 0.0,
             "step": {"decode": len(self._requests), "prefill": 0, "window": len(self._jobs), "backward": 0},
             "memory": {"weights": 1},
-            "finetune_tokens": {job_id: 10 * job.step for job_id, job in self._jobs.items()},
+            "finetune_tokens": {job_id: {"backward": 10 * job.step} for job_id, job in self._jobs.items()},
         }
 
     def shutdown(self) -> None:

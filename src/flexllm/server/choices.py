@@ -43,6 +43,7 @@ class Choice:
     sampling: SamplingParams
     tokenizer: Tokenizer
     arrival: float
+    adapter: str | None = None
     hide_tokens: bool = False  # what is sampled is not wanted (echo with max_tokens = 0)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -94,6 +95,8 @@ async def advance(generation: Generation, choices: Sequence[Choice], metrics: Me
     Raises GenerationFailed or EngineUnavailable.
     """
     by_id = {choice.request_id: choice for choice in choices}
+    for choice in choices:
+        metrics.request_began(choice)
     try:
         async with aclosing(generation.outputs()) as outputs:
             async for output in outputs:

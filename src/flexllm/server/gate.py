@@ -42,7 +42,7 @@ def _check_key(request: Request, context: Context) -> None:
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
         message = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key")
 

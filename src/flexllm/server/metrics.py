@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -19,7 +20,7 @@ from flexllm.server.protocol import Stats
 from flexllm.server.store import JobRecord
 
 WINDOW_SECONDS = 60.0
-RATE_SECONDS = 10.0  # over which tokens/s is taken
+RATE_SECONDS = 20.0  # over which a job's tokens/s is taken, at least two steps though
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -43,8 +44,7 @@ class JobProgress:
     total_steps: int = 0
     loss: float | None = None
     tokens: int = 0
-    started: float | None = None  # when the first step of this life of the server was reported, and which it was
-    started_step: int = 0
+    history: deque[tuple[float, int, int]] = field(default_factory=deque)  # (when, step, tokens), one per step lately
 
 
 class Metrics:
@@ -53,9 +53,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.engine_stats: dict[str, Any] = {}
         self.jobs: dict[str, JobProgress] = {}
+        self.adapters_in_use: collections.Counter[str] = collections.Counter()
         self._finished: deque[FinishedRequest] = deque()
         self._steps: deque[tuple[float, str, float]] = deque()  # (when, kind, seconds)
-        self._job_tokens: dict[str, deque[tuple[float, float]]] = {}
         self._num_finished = 0
         labels = ("model_name",)
 
@@ -77,11 +77,17 @@ class Metrics:
         self.registry.register(_Derived(self))
 
     # ------------------------------------------------------------------------------------------------------ observation
+    def request_began(self, choice: Choice) -> None:
+        if choice.adapter is not None:
+            self.adapters_in_use[choice.adapter] += 1
+
     def token_gap(self, seconds: float) -> None:
         self._gap.observe(seconds)
 
     def request_ended(self, choice: Choice) -> None:
         """For whatever reason; a choice without a finish reason was given up by its client or by the engine."""
+        if choice.adapter is not None:
+            self.adapters_in_use -= collections.Counter([choice.adapter])
         self._prompt_tokens.inc(len(choice.prompt.ids))
         self._generation_tokens.inc(choice.num_tokens)
         self._success.labels(self._model_name, choice.finish_reason or "abort").inc()
@@ -104,24 +110,25 @@ class Metrics:
         for kind, seconds in stats.steps:
             self._step_seconds.labels(kind).observe(seconds)
             self._steps.append((now, kind, seconds))
-        for job, phases in stats.engine.get("finetune_tokens", {}).items():
-            history = self._job_tokens.setdefault(job, deque())
-            history.append((now, float(sum(phases.values()))))
-            while len(history) > 2 and history[0][0] < now - RATE_SECONDS:
-                history.popleft()
         self._trim(now)
 
     def job_event(self, event: JobEvent) -> None:
         job = self.jobs.setdefault(event.job_id, JobProgress(event.job_id))
         if event.kind == "step":
-            if job.started is None:
-                job.started, job.started_step = time.time(), event.step
+            now = time.monotonic()
+            job.history.append((now, event.step, event.tokens))
+            while len(job.history) > 2 and job.history[0][0] < now - RATE_SECONDS:
+                job.history.popleft()
             job.step, job.total_steps, job.loss, job.tokens = event.step, event.total_steps, event.loss, event.tokens
             if event.loss is not None:
                 self._loss.labels(event.job_id).set(event.loss)
 
     def job_status(self, job_id: str, status: str) -> None:
-        self.jobs.setdefault(job_id, JobProgress(job_id)).status = status
+        job = self.jobs.setdefault(job_id, JobProgress(job_id))
+        job.status = status
+        job.history.clear()  # the clock of its rates starts when it runs, not while it is paused
+        if status == "running":
+            job.history.append((time.monotonic(), job.step, job.tokens))
 
     def restore_job(self, job: JobRecord) -> None:
         """A job that an earlier life of the server has begun."""
@@ -129,23 +136,28 @@ class Metrics:
 
     def engine_lost(self) -> None:
         self.engine_stats = {}
-        self._job_tokens.clear()
 
     # ---------------------------------------------------------------------------------------------------------- figures
     def tokens_per_second(self, job_id: str) -> float:
-        history = self._job_tokens.get(job_id)
-        if history is None or len(history) < 2:
-            return 0.0
-        (t0, n0), (t1, n1) = history[0], history[-1]
-        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+        """Tokens trained (forward and backward) per second over the latest steps."""
+        seconds, _, tokens = self._recent_progress(job_id)
+        return tokens / seconds if seconds > 0 else 0.0
 
     def estimated_finish(self, job_id: str) -> int | None:
-        """Unix time, from the mean step time of this life of the server."""
-        job = self.jobs.get(job_id)
-        if job is None or job.started is None or job.step <= job.started_step or job.status != "running":
+        """Unix time, at the pace of the latest steps."""
+        seconds, steps, _ = self._recent_progress(job_id)
+        if not steps:
             return None
-        now = time.time()
-        return round(now + (job.total_steps - job.step) * (now - job.started) / (job.step - job.started_step))
+        job = self.jobs[job_id]
+        return round(time.time() + (job.total_steps - job.step) * seconds / steps)
+
+    def _recent_progress(self, job_id: str) -> tuple[float, int, int]:
+        """(seconds, steps, tokens) between the oldest and the newest step remembered."""
+        job = self.jobs.get(job_id)
+        if job is None or len(job.history) < 2:
+            return 0.0, 0, 0
+        (t0, step0, tokens0), (t1, step1, tokens1) = job.history[0], job.history[-1]
+        return t1 - t0, step1 - step0, tokens1 - tokens0
 
     def window(self) -> Sequence[FinishedRequest]:
         self._trim(time.monotonic())
@@ -163,7 +175,7 @@ class Metrics:
             "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot, "attainment": self.attainment()["both"]},
             "ttft_ms": {"p50": quantile(ttfts, 0.5), "p99": quantile(ttfts, 0.99)},
             "tpot_ms": {"p50": quantile(tpots, 0.5), "p99": quantile(tpots, 0.99)},
-            "step": {**stats.get("step", {}), "seconds": stats.get("step_seconds"), "slack": stats.get("slack")},
+            "step": dict.fromkeys(("decode", "prefill", "window", "backward"), 0) | stats.get("step", {}) | {"slack": stats.get("slack")},
             "busy_seconds": {"window": WINDOW_SECONDS, **busy},
             "requests": {"running": stats.get("num_running", 0), "waiting": stats.get("num_waiting", 0), "finished": self._num_finished},
             "jobs": [
@@ -213,12 +225,12 @@ class _Derived(Collector):
         yield _gauge("vllm:num_requests_waiting", "Requests that wait for pages.", ["model_name"], [([name], stats.get("num_waiting", 0))])
         yield _gauge("vllm:kv_cache_usage_perc", "KV pages in use, 0 to 1.", ["model_name"], [([name], stats.get("kv_usage", 0.0))])
         yield _counter("vllm:num_preemptions", "Requests sent back to wait.", ["model_name"], [([name], stats.get("num_preemptions", 0))])
-        adapters = ",".join(stats.get("adapters", []))
-        yield _gauge("vllm:lora_requests_info", "Adapters of running requests.", ["running_lora_adapters"], [([adapters], time.time())])
+        adapters = ",".join(sorted(self._metrics.adapters_in_use))
+        yield _gauge("vllm:lora_requests_info", "Adapters of requests in flight.", ["running_lora_adapters"], [([adapters], time.time())])
         attained = [([slo], share) for slo, share in self._metrics.attainment().items() if share is not None]
         yield _gauge("flexllm:slo_attainment_ratio", "Share of recent requests within the objective.", ["slo"], attained)
         tokens = [([job, phase], n) for job, phases in stats.get("finetune_tokens", {}).items() for phase, n in phases.items()]
-        yield _counter("flexllm:finetune_tokens", "Training tokens run, forward and backward.", ["job", "phase"], tokens)
+        yield _counter("flexllm:finetune_tokens", "Training tokens done.", ["job", "phase"], tokens)
         memory = [([pool], n) for pool, n in stats.get("memory", {}).items()]
         yield _gauge("flexllm:memory_bytes", "Bytes in use.", ["pool"], memory)
         for key, metric, text in (

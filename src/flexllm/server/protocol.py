@@ -118,7 +118,14 @@ Message = Progress | Ready | Fatal | RpcReply | Outputs | Events | Stats
 
 
 def encode(message: Command | Message) -> bytes:
-    return msgspec.msgpack.encode(message)
+    return msgspec.msgpack.encode(message, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's scalars, which statistics and losses may be."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise NotImplementedError(f"{type(value).__name__} cannot be sent")
 
 
 def decode_command(data: bytes) -> Command:

@@ -151,7 +151,7 @@ class Work:
     renderer: Renderer
     hide_tokens: bool = False
 
-    def choices(self, model: ServedModel) -> list[Choice]:
+    def choices(self, model: ServedModel, adapter: str | None) -> list[Choice]:
         n, seed = self.body.choices, self.sampling.seed
         return [
             Choice(
@@ -161,6 +161,7 @@ class Work:
                 sampling=self.sampling if seed is None else replace(self.sampling, seed=seed + j),
                 tokenizer=model.tokenizer,
                 arrival=self.arrival,
+                adapter=adapter,
                 hide_tokens=self.hide_tokens,
             )
             for i, prompt in enumerate(self.prompts)
@@ -171,8 +172,9 @@ class Work:
 async def respond(context: Context, request: Request, work: Work) -> Response:
     include_usage = work.body.include_usage
     model, _ = context.ready()
-    choices = work.choices(model)
-    generation = await _submit(context, work, choices)
+    adapter = context.find_model(work.body.model)
+    choices = work.choices(model, None if adapter is None else adapter.id)
+    generation = await _submit(context, choices)
     if work.body.stream:
         return EventStream(_events(context, work, generation, choices, include_usage), close=generation.close)
     try:
@@ -187,15 +189,11 @@ async def respond(context: Context, request: Request, work: Work) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-async def _submit(context: Context, work: Work, choices: list[Choice]) -> Generation:
+async def _submit(context: Context, choices: list[Choice]) -> Generation:
     _, engine = context.ready()
-    adapter = context.find_model(work.body.model)
+    requests = [(c.request_id, c.prompt.ids, c.sampling) for c in choices]
     try:
-        return await engine.submit(
-            [(c.request_id, c.prompt.ids, c.sampling) for c in choices],
-            arrival=work.arrival,
-            adapter=None if adapter is None else adapter.id,
-        )
+        return await engine.submit(requests, arrival=choices[0].arrival, adapter=choices[0].adapter)
     except ValueError as error:
         raise bad_request(str(error)) from None
     except EngineOverloaded as error:

@@ -20,7 +20,8 @@ Metadata = Annotated[
 
 
 class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    # A string with a bound, however large, is checked to be text: JSON can spell half a surrogate pair, no encoding can.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=1 << 25)
 
 
 # ------------------------------------------------------------------------------------------------------------- serving

@@ -1,0 +1,116 @@
+"""Loading, draining, dying: the server says what it is, and forgets nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from flexllm.config import EngineConfig
+from flexllm.server.context import Settings
+from flexllm.server.engine_process import ProgressCallback
+from tests.api.conftest import CHAT, MODEL, Server, eventually, fake_settings, serve, training_lines, wait_for_job
+from tests.api.fake_engine import FakeEngine, build_fake
+
+
+def build_slowly(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:
+    progress("profiling", 0.25)
+    time.sleep(1.0)
+    return build_fake(config, progress)
+
+
+def build_never(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
+    raise ValueError("this model cannot be loaded")
+
+
+def start_job(server: Server, **options: Any) -> str:
+    client = server.client()
+    file = client.files.create(file=("train.jsonl", training_lines(8)), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, **options).id
+
+
+def steps_of(server: Server, job_id: str) -> list[int]:
+    events = server.client().fine_tuning.jobs.list_events(job_id, limit=100)
+    return [event.data["step"] for event in events if event.type == "metrics"][::-1]
+
+
+def test_loading_is_503_and_jobs_wait_for_the_engine(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_slowly)
+    with serve(settings, wait=False) as server, server.http() as http:
+        loading = eventually(lambda: r if (r := http.get("/health")).json().get("stage") == "profiling" else None)
+        assert loading.status_code == 503
+        assert loading.headers["retry-after"]
+        assert loading.json() == {"status": "loading", "stage": "profiling", "progress": 0.25}
+        refused = http.post("/v1/chat/completions", json={"model": MODEL, "messages": CHAT})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        job_id = start_job(server, hyperparameters={"n_epochs": 1})
+        assert server.client().models.list().data[0].id == MODEL
+        eventually(lambda: http.get("/health").status_code == 200)
+        wait_for_job(server.client(), job_id, "succeeded")
+
+
+def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), build_engine=build_never)
+    with serve(settings, wait=False) as server, server.http() as http:
+        dead = eventually(lambda: r if (r := http.get("/health")).json()["status"] == "dead" else None)
+        assert dead.json()["message"] == "this model cannot be loaded"
+
+
+def test_the_engine_dies_and_comes_back(tiny_llama: Path, tmp_path: Path) -> None:
+    with serve(fake_settings(tiny_llama, tmp_path)) as server, server.http() as http:
+        client = server.client()
+        done = start_job(server, hyperparameters={"n_epochs": 1})
+        adapter = wait_for_job(client, done, "succeeded").fine_tuned_model
+        job_id = start_job(server, hyperparameters={"n_epochs": 50, "batch_size": 8})
+        eventually(lambda: len(steps_of(server, job_id)) > 2)
+        stream = client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "SLOW"}], stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        os.kill(server.stats()["engine"]["pid"], signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            list(stream)
+        eventually(lambda: http.get("/health").status_code == 503)
+        eventually(lambda: http.get("/health").status_code == 200)
+        assert server.stats()["engine"]["starts"] == 2
+        assert client.chat.completions.create(model=adapter, messages=CHAT).choices[0].finish_reason == "stop"
+        wait_for_job(client, job_id, "succeeded")
+        assert steps_of(server, job_id) == list(range(1, 51))  # each step is told once
+
+
+def test_a_request_that_kills_the_engine_fails_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    with serve(fake_settings(tiny_llama, tmp_path)) as server:
+        client = server.client()
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "CRASH"}])
+        eventually(lambda: server.http().get("/health").status_code == 200)
+        assert client.chat.completions.create(model=MODEL, messages=CHAT).choices
+
+
+def test_everything_is_there_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = fake_settings(tiny_llama, tmp_path)
+    with serve(settings) as server:
+        finished = start_job(server, hyperparameters={"n_epochs": 1})
+        wait_for_job(server.client(), finished, "succeeded")
+        running = start_job(server, hyperparameters={"n_epochs": 60, "batch_size": 8})
+        paused = start_job(server, hyperparameters={"n_epochs": 30, "batch_size": 8})
+        eventually(lambda: steps_of(server, paused))
+        server.client().fine_tuning.jobs.pause(paused)
+        eventually(lambda: steps_of(server, running))
+    with serve(settings) as server:
+        client = server.client()
+        job = client.fine_tuning.jobs.retrieve(finished)
+        assert client.chat.completions.create(model=job.fine_tuned_model, messages=CHAT).choices
+        assert client.fine_tuning.jobs.retrieve(paused).status == "paused"
+        wait_for_job(client, running, "succeeded")
+        assert steps_of(server, running) == list(range(1, 61))
+        client.fine_tuning.jobs.resume(paused)
+        wait_for_job(client, paused, "succeeded")
+        assert steps_of(server, paused) == list(range(1, 31))
+        assert client.files.list().data
