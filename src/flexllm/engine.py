@@ -221,7 +221,8 @@ class Engine:
         return self.trainer.jobs[job_id]
 
     def _remove_job(self, job_id: str) -> None:
-        self.trainer.remove(job_id, self.scheduler.remove_job(job_id))
+        self.scheduler.remove_job(job_id)
+        self.trainer.remove(job_id)
 
     def _finish_jobs(self) -> tuple[JobEvent, ...]:
         for training in list(self.trainer.jobs.values()):
@@ -262,6 +263,7 @@ class Engine:
                 "backward": plan.backward_rows,
                 "seconds": result.seconds,
                 "predicted": plan.predicted,
+                "layers": self.model_config.num_layers,  # `backward` counts rows once per layer
             },
             "kv_usage": 1 - self.blocks.num_free / pages,
             "adapters": self.adapters.resident,

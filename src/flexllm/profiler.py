@@ -126,5 +126,5 @@ class _training_job:
         return self.training
 
     def __exit__(self, *_: object) -> None:
-        self.engine.trainer.remove("profile", [])
+        self.engine.trainer.remove("profile")
         self.folder.cleanup()

@@ -123,9 +123,9 @@ class Trainer:
     def add(self, training: TrainingJob) -> None:
         self.jobs[training.job.id] = training
 
-    def remove(self, job_id: str, sequences: list[Sequence]) -> None:
-        """Forget a job; what it holds in memory is released."""
-        for sequence in sequences:
+    def remove(self, job_id: str) -> None:
+        """Forget a job; what it holds in memory is released, that of sequences that wait for their optimizer step too."""
+        for sequence in [s for s in self.states if s.job.id == job_id]:
             self.drop(sequence)
         self.pool.free(self.jobs.pop(job_id).slot)
 
