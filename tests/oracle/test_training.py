@@ -12,8 +12,17 @@ import torch
 from flexllm.config import FinetuneConfig, LoraConfig
 from flexllm.core import JobStatus
 from tests.oracle.engines import (
-    Curve, Run, assert_idle, final_adapter, job_spec, open_engine, random_adapter, random_texts, train_oracle, with_adapter,
-)  # fmt: skip
+    Curve,
+    Run,
+    assert_idle,
+    final_adapter,
+    job_spec,
+    open_engine,
+    random_adapter,
+    random_texts,
+    train_oracle,
+    with_adapter,
+)
 from tests.oracle.harness import VOCAB, random_hf_model
 
 LORA = LoraConfig(r=4, lora_alpha=6)
