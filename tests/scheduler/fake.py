@@ -11,7 +11,7 @@ from flexllm.core import FinetuneJob, Request, SamplingParams, StepPlan, StepRes
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.jobs import epoch_order
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
+from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, features_of
 from flexllm.scheduler.scheduler import HybridTokenScheduler
 
 LAYERS, LOWEST = 3, 1
@@ -50,12 +50,13 @@ class FakeEngine:
         block_size: int = 4,
         finetune_bytes: int = 100_000,
         noise: Callable[[], float] = lambda: 1.0,
+        latency: LatencyModel | None = None,
         **settings: Any,
     ) -> None:
         self.config = SchedulerConfig(**{"slo": SLO(ttft=10.0, tpot=1.0), **settings})
         self.pool = BlockPool(num_blocks, block_size)
         self.budget = ByteBudget(finetune_bytes)
-        self.latency = LatencyModel.default()
+        self.latency = latency or LatencyModel.default()
         self.scheduler = HybridTokenScheduler(self.config, self.pool, self.latency, self.budget)
         self.now = 0.0
         self.noise = noise
@@ -184,8 +185,6 @@ class FakeEngine:
         self._staircase.pop(sequence_id, None)
 
 
-def slow_model(**coefficients: float) -> LatencyModel:
-    """A latency model with the given coefficients and nothing else, and `row` seconds per forward row."""
-    names = ["t0", *PlanFeatures.__slots__[1:]]
-    row = coefficients.pop("row", 0.0)
-    return LatencyModel({name: coefficients.get(name, 0.0) for name in names}, [row] * 15)
+def simple_model(row: float = 0.0, **coefficients: float) -> LatencyModel:
+    """A latency model of `row` seconds per forward row, the given coefficients and nothing else."""
+    return LatencyModel({name: coefficients.get(name, 0.0) for name in ("t0", *LINEAR)}, [row] * SEGMENTS)

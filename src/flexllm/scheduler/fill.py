@@ -1,7 +1,7 @@
 """What finetuning does in one iteration: forward windows and backward slices, as many as fit into a time.
 
-Order of use: optimizer steps that a group waits for, then windows (they share the weights' way through the cache with
-the requests' rows), then backward slices, few and large. Jobs come in the order given: least served first.
+A job uses its turn in this order: the optimizer step that its group waits for; windows (they share the weights' way
+through the cache with the requests' rows); backward slices, few and large. What it leaves over is the next job's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ class SlackFill:
     sequences are admitted and pages taken here.
     """
 
-    def __init__(self, jobs: JobTable, latency: LatencyModel, inference: PlanFeatures, budget: float, must_progress: bool) -> None:
+    def __init__(
+        self,
+        jobs: JobTable,
+        latency: LatencyModel,
+        inference: PlanFeatures,
+        budget: float,
+        max_window_rows: int,
+        must_progress: bool,
+    ) -> None:
         """`budget`: seconds that the whole iteration may take; `must_progress`: do the least possible even if it takes longer."""
         self.windows: list[TokenWindow] = []
         self.backward: list[BackwardSlice] = []
@@ -35,6 +43,7 @@ class SlackFill:
         self._jobs = jobs
         self._latency = latency
         self._budget = budget
+        self._window_rows_left = max_window_rows
         self._must_progress = must_progress
         self._cursors: dict[int, tuple[int, int]] = {}  # (layer, row) of sequences moved in this plan, by id
 
@@ -42,49 +51,53 @@ class SlackFill:
     def is_empty(self) -> bool:
         return not (self.windows or self.backward or self.optimizer_steps)
 
-    # ---------------------------------------------------------------------------------------------------------- forward
-    def forward(self, turns: list[JobState], max_rows: int, share: int) -> None:
-        """Windows of at most `max_rows` rows in all; a job may hold `share` sequences (0: none are admitted)."""
-        rows_left = max_rows
+    def give_turns(self, turns: list[JobState], share: int) -> None:
+        """Work for each job in turn until the time is used up; a job may hold `share` sequences (0: none are admitted)."""
+        if self.predicted >= self._budget and not self._must_progress:
+            return
         for state in turns:
-            for sequence in self._going_forward(state, share):
-                limit = min(rows_left, self._jobs.rows_with_pages(sequence))
-                labels = partial(expected_labels, sequence)
-                rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
-                if rows == 0 and self._is_forced:
-                    rows = min(limit, MIN_ROWS)
-                if rows > 0:
-                    self._add_window(state, sequence, rows)
-                    rows_left -= rows
-                if rows_left == 0 or rows < limit:  # full, or out of time
-                    return
+            if state.step_due:
+                self._step(state)
+            if not (self._forward(state, share) and self._backward(state)):
+                return
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+    def _forward(self, state: JobState, share: int) -> bool:
+        """Windows for the sequences of a job. False when they used up the time."""
+        for sequence in self._going_forward(state, share):
+            limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
+            labels = partial(expected_labels, sequence)
+            rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
+            if rows == 0 and self._is_forced:
+                rows = min(limit, MIN_ROWS)
+            if rows > 0:
+                self._add_window(state, sequence, rows)
+            if rows < limit:
+                return rows == 0  # where not one row fits, a slice may
+        return True
 
     def _going_forward(self, state: JobState, share: int) -> Iterator[Sequence]:
         yield from [s for s in state.admitted.values() if not s.forward_done]
-        while (sequence := self._jobs.admit_next(state, share)) is not None:
+        while self._window_rows_left and (sequence := self._jobs.admit_next(state, share)) is not None:
             yield sequence
 
     def _add_window(self, state: JobState, sequence: Sequence, rows: int) -> None:
         window = TokenWindow(sequence, sequence.forward, sequence.forward + rows)
         self._jobs.grow(sequence, window.end)
         self.windows.append(window)
+        self._window_rows_left -= rows
         self._charge(state, PlanFeatures(rows=rows, prefill_pairs=window.pairs, label_rows=expected_labels(sequence, rows)))
 
     # --------------------------------------------------------------------------------------------------------- backward
-    def backward_and_steps(self, turns: list[JobState]) -> None:
-        """Slices of sequences whose forward was done before this iteration; a group that they complete is stepped."""
-        for state in turns:
-            while cohort := self._cohort(state):
-                if not self._bring_down(state, cohort):
-                    return
-            if self._completes_group(state):
-                self._step(state)
-
-    def due_steps(self, turns: list[JobState]) -> None:
-        """Steps of groups that were complete before this iteration but did not fit."""
-        for state in turns:
-            if state.step_due:
-                self._step(state)
+    def _backward(self, state: JobState) -> bool:
+        """Slices for sequences whose forward was done before this iteration, and the optimizer step if they complete the
+        group. False when the time is used up."""
+        while cohort := self._cohort(state):
+            if not self._bring_down(state, cohort):
+                return False
+        if self._completes_group(state):
+            self._step(state)
+        return True
 
     def _cohort(self, state: JobState) -> list[Sequence]:
         """Sequences to go down together: the furthest along, and as many others as make up a large GEMM."""

@@ -135,13 +135,10 @@ class HybridTokenScheduler:
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
         budget = min(slack, self.latency.predict(features) + self.config.idle_slice) if inference else slack
-        fill = SlackFill(self._jobs, self.latency, features, budget, must_progress=not inference)
+        fill = SlackFill(self._jobs, self.latency, features, budget, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
-        if turns and (not inference or fill.predicted < budget):
-            share = 0 if self._requests.page_blocked else max(1, self.config.max_sequences // len(turns))
-            fill.due_steps(turns)
-            fill.forward(turns, self.config.max_window_rows, share)
-            fill.backward_and_steps(turns)
+        if turns:
+            fill.give_turns(turns, share=0 if self._requests.page_blocked else max(1, self.config.max_sequences // len(turns)))
         self.starved_iterations += bool(turns) and fill.is_empty
         return StepPlan(
             inference=inference,

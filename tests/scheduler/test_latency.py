@@ -1,0 +1,157 @@
+import random
+
+import pytest
+
+from flexllm.core import BackwardSlice, InferenceChunk, Sequence, SlicePart, StepPlan, TokenWindow
+from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of, profile_grid
+from tests.scheduler.fake import make_job, make_request
+
+
+def machine(f: PlanFeatures) -> float:
+    """A machine with a GEMM ridge at 16 rows, so not one of straight lines."""
+    gemm = 0.012 * (f.rows > 0) + 1e-4 * min(f.rows, 16) + 1e-3 * max(0, f.rows - 16)
+    inference = 1e-5 * f.decode_rows + 3e-8 * f.decode_context + 4e-9 * f.prefill_pairs + 1e-4 * f.sampled_rows + 4e-4 * f.label_rows
+    return 0.002 + gemm + inference + 8e-5 * f.backward_rows + 2e-9 * f.backward_pairs + 3e-4 * f.backward_slices + 6e-3 * f.optimizer_steps
+
+
+def random_plan(rng: random.Random) -> PlanFeatures:
+    decode, prefill, window = rng.choice([0, 1, 3, 8, 20]), rng.choice([0, 0, 20, 200]), rng.choice([0, 0, 16, 100, 300])
+    slices, rows = rng.choice([0, 1, 3, 8]), rng.randint(16, 400)
+    return PlanFeatures(
+        rows=decode + prefill + window,
+        decode_rows=decode,
+        decode_context=decode * rng.randint(20, 800),
+        prefill_pairs=(prefill**2 + window**2) // 2,
+        sampled_rows=decode + (prefill > 0),
+        label_rows=window // 2,
+        backward_rows=slices * rows,
+        backward_pairs=slices * rows * 300,
+        backward_slices=slices,
+        optimizer_steps=int(rng.random() < 0.05),
+    )
+
+
+def errors(model: LatencyModel, rng: random.Random, slowdown: float = 1.0, n: int = 200) -> list[float]:
+    plans = [p for p in (random_plan(rng) for _ in range(n)) if not p.is_empty]
+    return sorted(abs(model.predict(p) / (slowdown * machine(p)) - 1) for p in plans)
+
+
+def observe(model: LatencyModel, rng: random.Random, n: int, slowdown: float = 1.0, outliers: float = 0.0) -> None:
+    for _ in range(n):
+        plan = random_plan(rng)
+        noise = 6.0 if rng.random() < outliers else rng.lognormvariate(0, 0.03)
+        model.observe(plan, slowdown * machine(plan) * noise)
+
+
+def profiled() -> LatencyModel:
+    model = LatencyModel.default()
+    model.fit([(f, machine(f)) for f in profile_grid(512, 30)])
+    return model
+
+
+def test_a_profile_predicts_mixtures_it_has_not_seen():
+    found = errors(profiled(), random.Random(0))
+    assert found[len(found) // 2] < 0.02
+    assert found[int(len(found) * 0.95)] < 0.05
+
+
+def test_observations_alone_are_enough():
+    model, rng = LatencyModel.default(), random.Random(1)
+    observe(model, rng, 400)
+    found = errors(model, rng)
+    assert found[len(found) // 2] < 0.05
+    assert found[int(len(found) * 0.95)] < 0.15
+
+
+def test_a_slower_machine_is_followed_within_fifty_iterations():
+    model, rng = profiled(), random.Random(2)
+    observe(model, rng, 100)
+    observe(model, rng, 50, slowdown=2.0)
+    assert errors(model, rng, slowdown=2.0)[100] < 0.05
+
+
+def test_outliers_do_not_disturb_the_model():
+    model, rng = profiled(), random.Random(3)
+    observe(model, rng, 300, outliers=0.02)
+    assert errors(model, rng)[100] < 0.05
+    assert model.error_quantile(0.5) < 0.05
+    assert model.error_quantile(0.999) > 1
+
+
+def test_more_work_never_costs_less():
+    model, rng = LatencyModel.default(), random.Random(4)
+    observe(model, rng, 200)
+    curve = [model.predict(PlanFeatures(rows=n)) for n in range(1, 3000)]
+    assert curve == sorted(curve)
+    assert all(value >= 0 for value in model.coefficients().values())
+
+
+def test_nothing_takes_no_time_and_teaches_nothing():
+    model = LatencyModel.default()
+    assert model.predict(PlanFeatures()) == 0
+    model.observe(PlanFeatures(), 1.0)
+    assert model.error_quantile(0.99) == 0.1
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.03, 0.1, 0.4, 100.0])
+def test_inverses_are_the_most_that_fits(budget):
+    model = profiled()
+    base = PlanFeatures(rows=8, decode_rows=8, decode_context=800, sampled_rows=8)
+
+    def with_window(n: int) -> float:
+        return model.predict(base + PlanFeatures(rows=n, prefill_pairs=n * 50 + n * (n + 1) // 2, label_rows=n // 2))
+
+    def with_slice(n: int) -> float:
+        return model.predict(base + PlanFeatures(backward_rows=n, backward_pairs=n * n, backward_slices=1))
+
+    n = model.most_window_rows(base, 50, lambda n: n // 2, 500, budget)
+    assert n == max([k for k in range(1, 501) if with_window(k) <= budget + 1e-12], default=0)
+    n = model.most_backward_rows(base, lambda n: n * n, 500, budget)
+    assert n == max([k for k in range(1, 501) if with_slice(k) <= budget + 1e-12], default=0)
+
+
+def test_a_profile_survives_on_disk(tmp_path):
+    model, rng = profiled(), random.Random(5)
+    observe(model, rng, 100, slowdown=1.5)
+    model.save(tmp_path / "profile.json")
+    loaded = LatencyModel.load(tmp_path / "profile.json")
+    for _ in range(20):
+        plan = random_plan(rng)
+        assert loaded.predict(plan) == pytest.approx(model.predict(plan))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "coefficients": {"t0": 1}, "slopes": []}'])
+def test_a_broken_profile_is_refused(tmp_path, text):
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ValueError, match=r"profile\.json is not a latency profile"):
+        LatencyModel.load(tmp_path / "profile.json")
+
+
+def test_no_samples_fit_nothing():
+    with pytest.raises(ValueError, match="no samples"):
+        LatencyModel.default().fit([])
+
+
+def test_features_count_what_a_plan_holds():
+    job = make_job("j", [40, 40])
+    job.label_counts = [20, 20]
+    train, valid = Sequence(0, job, 0, 40), Sequence(1, job, 0, 40, train=False)
+    request = make_request("r", prompt=10)
+    plan = StepPlan(
+        inference=(InferenceChunk(request, 12, 13, True), InferenceChunk(make_request("p"), 2, 6, False)),
+        windows=(TokenWindow(train, 10, 20), TokenWindow(valid, 0, 5)),
+        backward=(BackwardSlice(2, (SlicePart(train, 30, 40), SlicePart(train, 0, 2))), BackwardSlice(1, (SlicePart(train, 39, 40),))),
+        optimizer_steps=(job,),
+    )
+    assert features_of(plan) == PlanFeatures(
+        rows=1 + 4 + 10 + 5,
+        decode_rows=1,
+        decode_context=13,
+        prefill_pairs=(3 + 4 + 5 + 6) + sum(range(11, 21)) + 15,
+        sampled_rows=1,
+        label_rows=5 + 5,
+        backward_rows=13,
+        backward_pairs=sum(range(31, 41)) + 3 + 40,
+        backward_slices=2,
+        optimizer_steps=1,
+    )

@@ -1,0 +1,181 @@
+import pytest
+
+from flexllm.config import SLO
+from flexllm.core import FinishReason, InferenceChunk, RequestStatus, SamplingParams
+from flexllm.scheduler.requests import QueueFullError
+from tests.scheduler.fake import FakeEngine, expected_token, make_request
+
+
+def rows(chunks: tuple[InferenceChunk, ...]) -> list[tuple[str, int, int, bool]]:
+    return [(c.request.id, c.start, c.end, c.sample) for c in chunks]
+
+
+def test_a_request_from_prompt_to_end():
+    engine = FakeEngine()
+    request = make_request("r", prompt=5, output=3)
+    engine.add_request(request)
+    assert (engine.scheduler.num_waiting, engine.scheduler.num_running) == (1, 0)
+    assert rows(engine.step().inference) == [("r", 0, 5, True)]
+    assert (engine.scheduler.num_waiting, engine.scheduler.num_running) == (0, 1)
+    assert rows(engine.step().inference) == [("r", 5, 6, True)]
+    assert rows(engine.step().inference) == [("r", 6, 7, True)]
+    assert (request.status, request.finish_reason) == (RequestStatus.FINISHED, FinishReason.LENGTH)
+    assert request.output_ids == [expected_token(request, p) for p in (5, 6, 7)]
+    assert request.first_token_time < request.last_token_time == engine.now
+    assert not engine.scheduler.has_work
+    assert engine.pool.num_used == 0
+    assert [o.finish_reason for o in engine.outputs["r"]] == [None, None, FinishReason.LENGTH]
+
+
+def test_long_prompts_are_cut_and_decode_rows_come_first():
+    engine = FakeEngine(max_batch_tokens=8)
+    engine.add_request(make_request("a", prompt=4, output=5))
+    engine.step()
+    engine.add_request(make_request("b", prompt=12))
+    engine.add_request(make_request("c", prompt=5))
+    assert rows(engine.step().inference) == [("a", 4, 5, True), ("b", 0, 7, False)]
+    assert rows(engine.step().inference) == [("a", 5, 6, True), ("b", 7, 12, True), ("c", 0, 2, False)]
+
+
+def test_a_prefills_single_last_row_stands_with_the_decode_rows():
+    engine = FakeEngine(max_batch_tokens=8)
+    engine.add_request(make_request("a", prompt=9))
+    engine.step()
+    engine.add_request(make_request("b", prompt=4))
+    assert rows(engine.step().inference) == [("a", 8, 9, True), ("b", 0, 4, True)]
+
+
+def test_classes_with_the_tighter_objective_go_first():
+    engine = FakeEngine(max_batch_tokens=8, class_slos={"batch": SLO(ttft=60, tpot=5)})
+    engine.add_request(make_request("slow", prompt=12, priority="batch"))
+    engine.step()
+    engine.add_request(make_request("fast", prompt=6))
+    assert rows(engine.step().inference) == [("fast", 0, 6, True), ("slow", 8, 10, False)]
+
+
+def test_max_running_keeps_the_others_waiting():
+    engine = FakeEngine(max_running=2)
+    for i in range(3):
+        engine.add_request(make_request(f"r{i}", output=2))
+    assert [c.request.id for c in engine.step().inference] == ["r0", "r1"]
+    engine.step()
+    assert [c.request.id for c in engine.step().inference] == ["r2"]
+
+
+def test_the_latest_arrival_gives_way_and_says_the_same_later():
+    engine = FakeEngine(num_blocks=6, block_size=4)
+    requests = [make_request(f"r{i}", prompt=8, output=8, arrival=float(i)) for i in range(3)]
+    for request in requests:
+        engine.add_request(request)
+    engine.run()
+    assert [r.num_preemptions > 0 for r in requests] == [False, True, True]
+    for request in requests:
+        assert request.output_ids == [expected_token(request, p) for p in range(8, 16)]
+
+
+def test_a_preempted_request_keeps_its_place_and_its_deadline():
+    engine = FakeEngine(num_blocks=5, block_size=4, slo=SLO(ttft=10, tpot=0.5))
+    old, new = make_request("old", prompt=8, output=9, arrival=0.0), make_request("new", prompt=7, output=9, arrival=1.0)
+    engine.add_request(old)
+    engine.add_request(new)
+    while not new.num_preemptions:
+        plan = engine.step()
+    engine.add_request(make_request("newest", prompt=4, arrival=2.0))
+    assert plan.slack <= new.first_token_time + len(new.output_ids) * 0.5 - engine.now + plan.predicted
+    engine.run()
+    ends = {request_id: max(i for i, p in enumerate(engine.plans) if any(c.request.id == request_id for c in p.inference))
+            for request_id in ("old", "new", "newest")}  # fmt: skip
+    assert ends["old"] < ends["new"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "eos", "reason", "produced"),
+    [
+        (SamplingParams(max_tokens=3), (), FinishReason.LENGTH, 3),
+        (SamplingParams(max_tokens=9), (1,), FinishReason.STOP, 2),
+        (SamplingParams(max_tokens=3, ignore_eos=True), (1,), FinishReason.LENGTH, 3),
+        (SamplingParams(max_tokens=9, stop_token_ids=(0,), ignore_eos=True), (1,), FinishReason.STOP, 1),
+    ],
+)
+def test_why_a_request_ends(sampling, eos, reason, produced):
+    engine = FakeEngine()
+    request = make_request("r", prompt=5)
+    tokens = [expected_token(request, p) for p in (5, 6)]
+    request.sampling = sampling
+    if sampling.stop_token_ids:
+        request.sampling = SamplingParams(max_tokens=9, stop_token_ids=(tokens[0],), ignore_eos=True)
+    request.eos_ids = frozenset(tokens[i] for i in eos)
+    engine.add_request(request)
+    engine.run()
+    assert (request.finish_reason, len(request.output_ids)) == (reason, produced)
+
+
+def test_the_context_ends_a_request():
+    engine = FakeEngine(num_blocks=3, block_size=4)
+    short = make_request("short", prompt=4, output=100, max_len=9)
+    engine.add_request(short)
+    engine.run()
+    assert (short.finish_reason, short.num_tokens) == (FinishReason.LENGTH, 9)
+    full = make_request("full", prompt=4, output=100)
+    engine.add_request(full)
+    engine.run()
+    assert (full.finish_reason, full.num_tokens) == (FinishReason.LENGTH, 12)
+
+
+def test_a_request_may_be_aborted_at_any_time():
+    engine = FakeEngine(max_running=2)
+    requests = {name: make_request(name, prompt=6) for name in ("decoding", "prefilling", "waiting")}
+    engine.add_request(requests["decoding"])
+    engine.step()
+    engine.add_request(requests["prefilling"])
+    engine.add_request(requests["waiting"])
+    for name, request in requests.items():
+        assert engine.scheduler.abort_request(name) is request
+        assert (request.status, request.finish_reason, request.blocks) == (RequestStatus.FINISHED, FinishReason.ABORT, [])
+        engine.scheduler.check_integrity()
+    assert engine.scheduler.abort_request("decoding") is None
+    assert not engine.scheduler.has_work
+
+
+def test_an_abort_during_the_iteration_leaves_its_tokens_unheard():
+    engine = FakeEngine()
+    engine.add_request(make_request("a"))
+    engine.add_request(make_request("b"))
+    engine.step(between=lambda: engine.abort("a"))
+    assert (len(engine.outputs["a"]), len(engine.outputs["b"])) == (0, 1)
+    engine.run()
+
+
+def test_what_cannot_be_served_is_refused():
+    engine = FakeEngine(num_blocks=3, block_size=4, max_waiting=1)
+    with pytest.raises(ValueError, match="the prompt has 12 tokens; the K/V cache holds 12"):
+        engine.add_request(make_request("r", prompt=12))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.add_request(make_request("r", prompt=0))
+    engine.add_request(make_request("r", prompt=11))
+    with pytest.raises(ValueError, match="'r' is in use"):
+        engine.add_request(make_request("r"))
+    with pytest.raises(QueueFullError, match="1 requests are waiting"):
+        engine.add_request(make_request("s"))
+
+
+def test_slack_is_the_earliest_deadline():
+    engine = FakeEngine(slo=SLO(ttft=10, tpot=0.5))
+    request = make_request("r", output=20)
+    engine.add_request(request)
+    assert engine.step().slack == pytest.approx(10 / 1.1)
+    for _ in range(3):
+        now, tokens = engine.now, len(request.output_ids)
+        assert engine.step().slack == pytest.approx((request.first_token_time + tokens * 0.5 - now) / 1.1)
+    engine.now += 100.0
+    assert engine.step().slack == 0.0
+    engine.add_request(make_request("late", arrival=engine.now - 20))
+    assert engine.step().slack == 0.0
+
+
+def test_time_to_prefill_what_waits_is_not_slack():
+    alone, crowded = FakeEngine(max_batch_tokens=16), FakeEngine(max_batch_tokens=16)
+    alone.add_request(make_request("a", prompt=16))
+    for i in range(4):
+        crowded.add_request(make_request(f"r{i}", prompt=16))
+    assert crowded.step().slack < alone.step().slack
