@@ -23,9 +23,10 @@ import torch
 
 from bounds import MachineBounds, measure_bounds, training_flops
 from common import finish, interleave, log, paired_ratio, parser
-from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, LoraConfig, SchedulerConfig
+from flexllm.config import EngineConfig, FinetuneConfig, JobSpec, LoraConfig
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
+from flexllm.llm import OFFLINE_SCHEDULER
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.loader import resolve_model
 from processes import Peer
@@ -153,7 +154,7 @@ def main() -> None:
             dtype="bfloat16",
             device="cpu",
             threads=args.threads,
-            scheduler=SchedulerConfig(mode="finetune", slo=SLO(3600.0, 3600.0), idle_slice=1.0),
+            scheduler=OFFLINE_SCHEDULER,
             state_dir=Path(scratch),
         )
         engine = Engine(config)

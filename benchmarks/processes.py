@@ -19,7 +19,7 @@ import httpx
 
 from common import log
 
-START_TIMEOUT = 300.0  # seconds; a first start downloads, converts, compiles or profiles
+START_TIMEOUT = 900.0  # seconds; vLLM compiles on its first start, ours profiles, and either may download
 STOP_TIMEOUT = 20.0
 
 
