@@ -91,7 +91,7 @@ def test_steps_are_those_of_torch(max_grad_norm: float) -> None:
         adamw.step()
         scheduler.step()
     for theirs, mine in zip(reference, live.values(), strict=True):
-        torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(mine, theirs.detach(), rtol=2.4e-7, atol=1e-7)  # two fp32 roundings: the fused step rounds once less
 
 
 def test_small_updates_survive_in_the_masters_of_bfloat16_parameters() -> None:

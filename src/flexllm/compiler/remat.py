@@ -1,8 +1,8 @@
 """What the forward saves for the backward. Two levels:
 
 `keep`       every tensor the pruned backward reads;
-`recompute`  the fewest bytes from which the rest can be rebuilt by cheap row-local operators (norms, RoPE, SwiGLU, rank-r
-             GEMMs): an exact minimum cut between what only a base GEMM or attention can produce and what is needed.
+`recompute`  the fewest bytes from which the rest can be rebuilt by cheap row-local operators (norms, RoPE,
+             SwiGLU): an exact minimum cut between what only a base GEMM or attention can produce and what is needed.
 K and V are not counted: they stay in the sequence's pages anyway.
 """
 

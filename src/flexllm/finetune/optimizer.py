@@ -67,7 +67,7 @@ class AdapterOptimizer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # one pass over each master and its moments
         )
         self._config = config
         self._total_steps = total_steps

@@ -92,6 +92,7 @@ matmul_nt: Operator = Operator(
     columns=lambda x, w: shape(w)[0],
     backward=lambda a, out, g: (lambda: matmul_nn(g, a[1]), lambda: matmul_tn(g, a[0])),
     flops=lambda x, w: 2.0 * shape(w)[0] * shape(w)[1],
+    recompute=False,  # a skinny GEMM reads a wide x to make r columns: cheap to keep, not to redo
     shard="column",
 )
 matmul_nn: Operator = Operator(
