@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,7 +19,7 @@ from flexllm.config import SLO
 
 STATS = {
     "requests": {"running": 2, "waiting": 1, "finished": 3},
-    "step": {"decode": 2, "prefill": 0, "window": 30, "backward": 64, "seconds": 0.05, "slack": 0.1},
+    "step": {"decode": 2, "prefill": 0, "window": 30, "backward": 64, "layers": 2, "seconds": 0.05, "slack": 0.1},
     "jobs": [{"id": "job", "status": "running", "step": 3, "total_steps": 80, "loss": 1.5, "tokens_per_second": 250.0}],
 }
 
@@ -79,7 +83,20 @@ def test_state_follows_the_statistics():
     state.take(STATS, "job")  # the same step again is no new loss
     state.take(STATS, "another")
     assert (state.step, state.total_steps, state.losses, state.running) == (3, 80, [1.5], 2)
-    assert state.rows()["backward"] == 64
+    assert state.rows()["backward"] == 32  # in rows through all layers, like the others
     assert "step 3/80 loss 1.5000 250 tok/s" in plain(state)
-    console = Console(width=100, record=True, file=None, quiet=True)
+    console = Console(width=100, file=io.StringIO())
     console.print(panel(state))
+    assert "optimizer step 3 of 80" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_whole_demo_runs_on_a_tiny_model(tiny_llama: Path):
+    """A random model learns nothing in one epoch, so the demo says which facts are missing and ends with 1."""
+    command = [sys.executable, "-m", "flexllm.cli.main", "demo", str(tiny_llama), "--epochs", "1", "--rate", "2", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "job succeeded" in done.stdout
+    assert "MISSING: herb dryer" in done.stdout
+    assert "taught facts     0 of 10" in done.stdout
+    assert ", 0 failed," in done.stdout
+    assert done.stderr == ""

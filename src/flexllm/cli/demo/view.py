@@ -23,6 +23,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 KINDS = {"decode": "cyan", "prefill": "blue", "window": "yellow", "backward": "magenta"}
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
 BAR_WIDTH = 48
+PANEL_WIDTH = 76
 
 
 @dataclass(slots=True)
@@ -39,17 +40,20 @@ class DemoState:
     tokens_per_second: float = 0.0
     running: int = 0
     waiting: int = 0
-    recent: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=40))  # rows by kind of sampled iterations
+    recent: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=40))  # rows of sampled iterations, by kind
 
     def take(self, stats: Mapping[str, Any], job_id: str | None) -> None:
         """Take in one answer of GET /flexllm/stats."""
         self.running, self.waiting = int(stats["requests"]["running"]), int(stats["requests"]["waiting"])
-        self.recent.append({kind: float(stats["step"][kind]) for kind in KINDS})
+        step = stats["step"]
+        rows = {kind: float(step[kind]) for kind in KINDS}
+        rows["backward"] /= step.get("layers", 1)  # counted once per layer; the other rows go through all layers
+        self.recent.append(rows)
         for job in stats["jobs"]:
             if job["id"] != job_id:
                 continue
             self.total_steps = int(job["total_steps"] or 0)
-            self.tokens_per_second = float(job["tokens_per_second"] or 0.0)
+            self.tokens_per_second = float(job["tokens_per_second"] or self.tokens_per_second)
             if job["step"] > self.step and job["loss"] is not None:
                 self.losses.append(float(job["loss"]))
             self.step = max(self.step, int(job["step"]))
@@ -97,7 +101,7 @@ def panel(state: DemoState) -> Panel:
     for kind, colour in KINDS.items():
         legend.append(f"{kind} {rows[kind]:.0f}   ", style=colour)
     grid.add_row("rows", legend)
-    return Panel(grid, title=f"FlexLLM demo: {state.phase}", subtitle=f"{time.monotonic() - state.begin:.0f} s", expand=False)
+    return Panel(grid, title=f"FlexLLM demo: {state.phase}", subtitle=f"{time.monotonic() - state.begin:.0f} s", width=PANEL_WIDTH)
 
 
 def plain(state: DemoState) -> str:
@@ -129,7 +133,7 @@ class View:
 
     def __init__(self, console: Console, live: Live | None, state: DemoState) -> None:
         self._console, self._live, self._state = console, live, state
-        self._last = float("-inf")
+        self._last, self._phase = float("-inf"), state.phase
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -137,8 +141,8 @@ class View:
     def refresh(self) -> None:
         if self._live is not None:
             self._live.update(panel(self._state), refresh=True)
-        elif time.monotonic() - self._last >= PLAIN_INTERVAL:
-            self._last = time.monotonic()
+        elif time.monotonic() - self._last >= PLAIN_INTERVAL or self._state.phase != self._phase:
+            self._last, self._phase = time.monotonic(), self._state.phase
             self.say(plain(self._state))
 
 
