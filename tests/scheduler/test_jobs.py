@@ -213,7 +213,7 @@ def test_a_group_in_backward_starts_over_as_a_whole():
     for i in range(2):
         engine.add_request(make_request(f"r{i}", prompt=36, output=4))
     plan = engine.step()
-    assert plan.released == (group[1],)
+    assert set(plan.released) == set(group)
     assert plan.restarted == (job,)
     assert job.group == group
     assert all(q.forward == 0 and q.layer == LAYERS - 1 and q.row == q.length for q in group)
@@ -249,6 +249,14 @@ def test_what_is_released_is_said_until_a_plan_runs():
     assert not lost.is_empty
     assert engine.step().released == lost.released
     assert engine.step().released == ()
+
+
+def test_only_known_jobs_are_paused_and_resumed():
+    scheduler = FakeEngine().scheduler
+    with pytest.raises(ValueError, match="unknown job 'j'; unfinished jobs: none"):
+        scheduler.pause_job("j")
+    with pytest.raises(ValueError, match="unknown job 'j'"):
+        scheduler.resume_job("j")
 
 
 def test_a_cancelled_job_returns_what_is_in_flight():

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from flexllm.core import BackwardSlice, InferenceChunk, Sequence, SlicePart, StepPlan, TokenWindow
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of, profile_grid
+from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from tests.scheduler.fake import make_job, make_request
 
 
@@ -31,6 +31,17 @@ def random_plan(rng: random.Random) -> PlanFeatures:
     )
 
 
+def profile(max_rows: int = 512, num_layers: int = 30) -> list[PlanFeatures]:
+    """What a profiler measures: one kind of work at a time, at powers of two."""
+    grid = [PlanFeatures(optimizer_steps=1)]
+    for n in (1 << i for i in range(max_rows.bit_length())):
+        pairs = n * (n + 1) // 2
+        grid += [PlanFeatures(rows=n, decode_rows=n, decode_context=n * context, sampled_rows=n) for context in (64, 512)]
+        grid += [PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1), PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n)]
+        grid += [PlanFeatures(backward_rows=n * k, backward_pairs=pairs * k, backward_slices=k) for k in (1, 4, num_layers)]
+    return grid
+
+
 def errors(model: LatencyModel, rng: random.Random, slowdown: float = 1.0, n: int = 200) -> list[float]:
     plans = [p for p in (random_plan(rng) for _ in range(n)) if not p.is_empty]
     return sorted(abs(model.predict(p) / (slowdown * machine(p)) - 1) for p in plans)
@@ -45,7 +56,7 @@ def observe(model: LatencyModel, rng: random.Random, n: int, slowdown: float = 1
 
 def profiled() -> LatencyModel:
     model = LatencyModel.default()
-    model.fit([(f, machine(f)) for f in profile_grid(512, 30)])
+    model.fit([(f, machine(f)) for f in profile()])
     return model
 
 

@@ -69,6 +69,7 @@ def test_the_latest_arrival_gives_way_and_says_the_same_later():
         engine.add_request(request)
     engine.run()
     assert [r.num_preemptions > 0 for r in requests] == [False, True, True]
+    assert engine.scheduler.num_preemptions == sum(r.num_preemptions for r in requests)
     for request in requests:
         assert request.output_ids == [expected_token(request, p) for p in range(8, 16)]
 

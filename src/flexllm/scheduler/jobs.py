@@ -103,9 +103,6 @@ class JobTable:
         self._restarted: dict[str, FinetuneJob] = {}  # and whose gradients it has to zero
 
     # ------------------------------------------------------------------------------------------------------ in and out
-    def __getitem__(self, job_id: str) -> JobState:
-        return self._states[job_id]
-
     @property
     def jobs(self) -> list[FinetuneJob]:
         return [s.job for s in self._states.values()]
@@ -128,14 +125,13 @@ class JobTable:
 
     def pause(self, job_id: str) -> None:
         """Stop giving time to a job. Its step under way is dropped, and its memory freed, when the next plan is made."""
-        state = self._states[job_id]
-        state.job.status = JobStatus.PAUSED
+        self._get(job_id).job.status = JobStatus.PAUSED
 
     def resume(self, job_id: str) -> None:
-        state = self._states[job_id]
-        if state.job.status is JobStatus.PAUSED:
-            self._catch_up(state.job)
-            state.job.status = JobStatus.QUEUED
+        job = self._get(job_id).job
+        if job.status is JobStatus.PAUSED:
+            self._catch_up(job)
+            job.status = JobStatus.QUEUED
 
     def remove(self, job_id: str) -> list[Sequence]:
         """Forget a job; returns the sequences that held memory, for the trainer to drop. Unknown ids hold nothing."""
@@ -249,6 +245,11 @@ class JobTable:
         return [b for s in self._states.values() for q in s.admitted.values() for b in q.blocks]
 
     # -------------------------------------------------------------------------------------------------------- internals
+    def _get(self, job_id: str) -> JobState:
+        if job_id not in self._states:
+            raise ValueError(f"unknown job {job_id!r}; unfinished jobs: {', '.join(self._states) or 'none'}")
+        return self._states[job_id]
+
     def _check_fits(self, job: FinetuneJob) -> None:
         tokens = max([*job.lengths, *job.valid_lengths])
         missing_blocks = self._pool.blocks_for(tokens) + self._watermark - self._pool.num_blocks
@@ -333,6 +334,7 @@ class JobTable:
         self._restarted[state.job.id] = state.job
         for sequence in done:
             sequence.rewind()
+            self._released[sequence.id] = sequence
         state.pending = deque(state.job.group)
         state.num_undone = len(state.job.group)
 

@@ -105,26 +105,6 @@ def expected_labels(sequence: Sequence, rows: int) -> int:
     return -(-rows * sequence.job.label_counts[sequence.example] // sequence.length)
 
 
-def profile_grid(max_rows: int, num_layers: int) -> list[PlanFeatures]:
-    """Iterations worth measuring at start, cheapest first: each coefficient is moved apart from the others.
-
-    A point is to be realised as one kind of work: decode rows of equal context, or one fresh prompt, or one fresh
-    window whose rows all have labels, or slices of one fresh sequence going down the layers, or an optimizer step.
-    """
-    powers = [1 << i for i in range(max_rows.bit_length()) if 1 << i <= max_rows]
-    grid = [PlanFeatures(optimizer_steps=1)]
-    for n in powers:
-        pairs = n * (n + 1) // 2
-        for context in (64, 512):
-            grid.append(PlanFeatures(rows=n, decode_rows=n, decode_context=n * context, sampled_rows=n))
-        grid.append(PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1))
-        if n >= 8:
-            grid.append(PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n))
-            for layers in sorted({1, min(4, num_layers)}):
-                grid.append(PlanFeatures(backward_rows=n * layers, backward_pairs=pairs * layers, backward_slices=layers))
-    return grid
-
-
 class LatencyModel:
     """See the module. Times in seconds; not thread-safe."""
 

@@ -102,9 +102,7 @@ class RequestQueues:
 
         `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
-        for request in sorted(self._need_page.values(), key=self._urgency):
-            if request.id in self._need_page:  # not preempted meanwhile
-                self._grow(request, reclaim)
+        self._grow_all(reclaim)
         decodes = [InferenceChunk(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
         prefills: list[InferenceChunk] = []
         rows_left = self._config.max_batch_tokens - len(decodes)
@@ -231,18 +229,19 @@ class RequestQueues:
     def _has_page(self, request: Request) -> bool:
         return request.num_computed < len(request.blocks) * self._pool.block_size
 
-    def _grow(self, request: Request, reclaim: Callable[[int], None]) -> None:
-        """A page for the next row: from the pool, else from finetuning, else from the request that can best wait."""
-        if self._pool.num_free == 0:
-            reclaim(1)
-        while self._pool.num_free == 0:
-            running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
-            victim = max(running, key=self._urgency)
-            self._preempt(victim)
-            if victim is request:
-                return
-        request.blocks += self._pool.allocate(1, after=request.blocks[-1])
-        del self._need_page[request.id]
+    def _grow_all(self, reclaim: Callable[[int], None]) -> None:
+        """A page for each next row that has none: from the pool, else from finetuning, else from whoever can best wait."""
+        reclaim(len(self._need_page))
+        growing = list(self._need_page.values())
+        if len(growing) > self._pool.num_free:
+            growing.sort(key=self._urgency)
+        for request in growing:
+            while self._pool.num_free == 0 and request.id in self._need_page:
+                running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
+                self._preempt(max(running, key=self._urgency))
+            if request.id in self._need_page:  # not preempted itself
+                request.blocks += self._pool.allocate(1, after=request.blocks[-1])
+                del self._need_page[request.id]
 
     def _preempt(self, request: Request) -> None:
         """Recompute later: pages go back now, the prompt and the outputs so far will be prefilled again."""

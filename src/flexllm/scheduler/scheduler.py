@@ -51,11 +51,11 @@ class HybridTokenScheduler:
         self._jobs.add(job)
 
     def pause_job(self, job_id: str) -> None:
-        """Stop giving time to a job: the next plan drops the step under way and takes its memory back. KeyError if unknown."""
+        """Stop giving time to a job: the next plan drops the step under way and takes its memory back. ValueError if unknown."""
         self._jobs.pause(job_id)
 
     def resume_job(self, job_id: str) -> None:
-        """Go on with a paused job, from the last optimizer step. KeyError if unknown."""
+        """Go on with a paused job, from the last optimizer step. ValueError if unknown."""
         self._jobs.resume(job_id)
 
     def remove_job(self, job_id: str) -> list[Sequence]:
