@@ -174,11 +174,21 @@ def test_window_backward_is_as_exact_as_flash_attention() -> None:
 @pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 300), (7, 33), (32, 200)])
 @pytest.mark.parametrize(("heads", "kv_heads", "hd"), HEADS)
 def test_decode_attention(dtype: torch.dtype, batch: int, context: int, heads: int, kv_heads: int, hd: int) -> None:
-    q, (k, v) = rand(batch, heads, hd, dtype=dtype), rand(2, 400, kv_heads, hd, dtype=dtype, seed=1)
+    q = rand(batch, 2 * heads, hd, dtype=dtype)[:, :heads]
+    k, v = rand(2, 400, kv_heads, hd, dtype=dtype, seed=1)
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(0, 400, (batch, context), generator=generator)
     lengths = torch.randint(1, context + 1, (batch,), generator=generator)
     check_same("decode_attention", dtype, q, k, v, slots, lengths, hd**-0.5)
+
+
+@DTYPES
+def test_decode_attention_of_uneven_contexts(dtype: torch.dtype) -> None:
+    """One long request among short ones: most slots are padding, and the batch is run in parts."""
+    q, (k, v) = rand(9, 6, 16, dtype=dtype), rand(2, 500, 2, 16, dtype=dtype, seed=1)
+    slots = torch.randint(0, 500, (9, 1500), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([3, 70, 1, 1500, 40, 41, 5, 700, 2])
+    check_same("decode_attention", dtype, q, k, v, slots, lengths, 0.25)
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

@@ -15,8 +15,8 @@ from torch.nn.functional import linear, silu
 from flexllm.ops import cpu_attention
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
-HEAD_ROWS = 128  # rows of logits at a time
-SOFTMAX_ELEMENTS = 2**20  # of them in fp32 at a time: these stay in cache
+LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
+SOFTMAX = 2**20  # of them at a time in fp32: these stay in cache
 
 
 @dataclass(eq=False)
@@ -99,15 +99,16 @@ class CpuKernels(ReferenceKernels):
     ) -> tuple[float, int, Tensor | None]:
         loss, correct = 0.0, 0
         dh = torch.empty_like(h) if backward else None
-        rows = max(1, SOFTMAX_ELEMENTS // head.shape[0])
-        for i in range(0, h.shape[0], HEAD_ROWS):
-            z = self.linear(h[i : i + HEAD_ROWS], head)
-            for block, y in zip(z.split(rows), labels[i : i + HEAD_ROWS, None].split(rows), strict=True):
-                block_loss, block_correct = _softmax_minus_label_(block, y)
-                loss += block_loss
-                correct += block_correct
+        rows = max(1, LOGITS // head.shape[0])
+        for i in range(0, h.shape[0], rows):
+            chunk = slice(i, i + rows)
+            z = self.linear(h[chunk], head)
+            chunk_loss, chunk_correct = _softmax_minus_label_(z, labels[chunk, None])
+            loss += chunk_loss
+            correct += chunk_correct
             if dh is not None:
-                torch.mul(self.linear_dx(z, head), grad_scale, out=dh[i : i + HEAD_ROWS])
+                torch.mul(self.linear_dx(z, head), grad_scale, out=dh[chunk])
+            del z  # before the next chunk's: one of them at a time
         return loss, correct, dh
 
 
@@ -139,12 +140,20 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(x, 2, -1, True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _softmax_minus_label_(z: Tensor, y: Tensor) -> tuple[float, int]:
-    """Logits z [n, V] become softmax(z) - onehot(y), the gradient of the summed loss. Returns the loss and the labels on top."""
-    p = z.to(compute_dtype(z.dtype))
-    top, label = p.amax(-1, keepdim=True), p.gather(1, y)
-    torch.softmax(p, -1, out=p)
-    lse = top - p.amax(-1, keepdim=True).log_()  # the largest probability is exp(top - lse)
-    p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
-    z.copy_(p)
-    return float((lse - label).sum()), int((label == top).sum())
+def _softmax_minus_label_(z: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Logits z [n, V] become softmax(z) - onehot(labels [n, 1]), the gradient of the summed loss.
+
+    Returns the loss and how many labels have the largest logit.
+    """
+    loss, correct = 0.0, 0
+    rows = max(1, SOFTMAX // z.shape[1])
+    for block, y in zip(z.split(rows), labels.split(rows), strict=True):
+        p = block.to(compute_dtype(z.dtype))
+        top, label = p.amax(-1, keepdim=True), p.gather(1, y)
+        torch.softmax(p, -1, out=p)
+        lse = top - p.amax(-1, keepdim=True).log_()  # the largest probability is exp(top - lse)
+        p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+        block.copy_(p)
+        loss += float((lse - label).sum())
+        correct += int((label == top).sum())
+    return loss, correct

@@ -13,21 +13,29 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexllm.ops.reference import compute_dtype
 
+UNEVEN_SLOTS = 4096  # B*C from which padding is worth a look
 TILE_ROWS = 128
-TILE_SCORES = 2**21  # elements of one tile's score matrix, all heads
+TILE_SCORES = 2**20  # elements of one tile's score matrix, all heads
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """See ReferenceKernels.decode_attention. Scores are rounded to the model's type."""
     (batch, heads, hd), kv_heads, context = q.shape, k_cache.shape[1], slots.shape[1]
+    if batch > 1 and slots.numel() > UNEVEN_SLOTS and 2 * int(lengths.sum()) < slots.numel():  # mostly padding: short and long apart
+        o = torch.empty_like(q)
+        for part in lengths.argsort().tensor_split(2):
+            longest = int(lengths[part[-1]])
+            o[part] = decode_attention(q[part], k_cache, v_cache, slots[part, :longest], lengths[part], scale)
+        return o
     # Rows of the cache seen as [num_slots * K, hd]: one gather gives [B, K, C, hd] with every head's keys contiguous.
     index = torch.add(torch.arange(kv_heads)[:, None], slots[:, None], alpha=kv_heads)
     k = torch.embedding(k_cache.flatten(0, 1), index).flatten(0, 1)
     v = torch.embedding(v_cache.flatten(0, 1), index).flatten(0, 1)
-    scores = torch.bmm((q * scale).view(batch * kv_heads, -1, hd), k.transpose(1, 2))  # [B*K, G, C]
+    scores = torch.bmm((q * scale).reshape(batch * kv_heads, -1, hd), k.transpose(1, 2))  # [B*K, G, C]
     dead = torch.arange(context) >= lengths[:, None]
     scores.view(batch, heads, context).masked_fill_(dead[:, None], -math.inf)
     return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, hd)
@@ -69,13 +77,17 @@ def window_attention_backward(
     group = heads // kv_heads
     power, rest = _power_of_two(scale)
     e = round(math.log2(b) / 2)
+    rows = q.new_empty(2, s, heads, hd + 2)
+    torch.mul(q, power, out=rows[0, ..., :hd])
+    torch.mul(do, 2.0**-e, out=rows[1, ..., :hd])
     delta = (do.to(dtype) * o.to(dtype)).sum(-1)
-    q_ext = _extend_rows(q * power, (lse - e * math.log(2)) / rest, kv_heads)  # [K, s*G, hd+2]
-    do_ext = _extend_rows(do * 2.0**-e, delta * 2.0**-e, kv_heads)
-    k_ext, v_ext = _extend_keys(k), _extend_keys(v)  # [K, b, hd+2]
+    minus = torch.stack(((lse - e * math.log(2)) / rest, delta * 2.0**-e))
+    rows[..., hd] = minus  # rounded, then what the rounding left
+    torch.sub(minus, rows[..., hd], out=rows[..., hd + 1])
+    q_ext, do_ext = rows.view(2, s, kv_heads, -1).transpose(1, 2).reshape(2, kv_heads, -1, hd + 2)  # [K, s*G, hd+2]
+    k_ext, v_ext = pad(torch.stack((k, v)).transpose(1, 2), (0, 2), value=-1.0)  # [K, b, hd+2]
     q_rows, do_rows, keys = q_ext[..., :hd], do_ext[..., :hd], k_ext[..., :hd]
     dq = q_ext.new_empty(q_rows.shape)
-    dk, dv = torch.zeros(2, kv_heads, b, hd, dtype=dtype)
     above = _above_diagonal(min(s, TILE_ROWS), q.dtype)
     for start, end in _tiles(s, b, heads):
         n, tile = b - s + end, slice(start * group, end * group)
@@ -84,10 +96,15 @@ def window_attention_backward(
         if rest != 1.0:
             p *= rest
         p.exp_()  # 2^e times the probabilities
-        dv[:, :n] += torch.bmm(p.transpose(1, 2), do_rows[:, tile]).to(dtype)
         ds = torch.bmm(do_ext[:, tile], v_ext[:, :n].transpose(1, 2)).mul_(p)
         torch.bmm(ds, keys[:, :n], out=dq[:, tile])
-        dk[:, :n] += torch.bmm(ds.transpose(1, 2), q_rows[:, tile]).to(dtype)
+        dk_tile = torch.bmm(ds.transpose(1, 2), q_rows[:, tile]).to(dtype)
+        dv_tile = torch.bmm(p.transpose(1, 2), do_rows[:, tile]).to(dtype)
+        if end == s:  # the first tile sees every key
+            dk, dv = dk_tile, dv_tile
+        else:
+            dk[:, :n] += dk_tile
+            dv[:, :n] += dv_tile
     if rest != 1.0:
         dk *= rest
     return _unfold(dq, s) * scale, dk.transpose(0, 1), dv.transpose(0, 1)
@@ -113,25 +130,6 @@ def _unfold(x: Tensor, s: int) -> Tensor:
     """[K, s*G, c] -> [s, H, c]."""
     kv_heads, _, c = x.shape
     return x.view(kv_heads, s, -1).transpose(0, 1).reshape(s, -1, c)
-
-
-def _extend_rows(x: Tensor, extra: Tensor, kv_heads: int) -> Tensor:
-    """x [s, H, hd] and, in two further columns whose sum it is, extra [s, H] -> [K, s*G, hd+2]."""
-    s, heads, hd = x.shape
-    out = x.new_empty(kv_heads, s, heads // kv_heads, hd + 2)
-    high = extra.to(x.dtype)
-    for column, value in ((slice(hd), x), (hd, high), (hd + 1, extra - high)):
-        out[..., column] = value.unflatten(1, (kv_heads, -1)).transpose(0, 1)
-    return out.flatten(1, 2)
-
-
-def _extend_keys(x: Tensor) -> Tensor:
-    """x [b, K, hd] -> [K, b, hd+2]; the further columns are -1, so that a product subtracts the rows' extra."""
-    b, kv_heads, hd = x.shape
-    out = x.new_empty(kv_heads, b, hd + 2)
-    out[..., :hd] = x.transpose(0, 1)
-    out[..., hd:] = -1
-    return out
 
 
 def _above_diagonal(rows: int, dtype: torch.dtype) -> Tensor:
