@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer  # flexllm's own brings transformers with it, seconds per process
 
 from flexllm.config import EngineConfig, JobSpec
-from flexllm.core import FinishReason, JobEvent, JobStatus, Request, StepResult, TokenLogprob, TokenOutput
+from flexllm.core import FinishReason, JobEvent, JobStatus, Request, RequestStatus, StepResult, TokenLogprob, TokenOutput
 from flexllm.files import atomic_file
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.model.config import ModelConfig
@@ -134,6 +134,7 @@ class FakeEngine:
         if "BREAK" in self._tokenizer.decode(request.prompt_ids):
             del self._requests[request.id]
             return TokenOutput(request.id, None, finish_reason=FinishReason.ABORT, error="the iteration failed")
+        request.status = RequestStatus.RUNNING
         params, done = request.sampling, len(request.output_ids)
         token = self._reply[done % len(self._reply)]
         if done == len(self._reply) and not params.ignore_eos:

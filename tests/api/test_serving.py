@@ -171,6 +171,7 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
 
 def test_metrics_have_the_names_gateways_expect(client: OpenAI, http: httpx.Client) -> None:
     chat(client)
+    eventually(lambda: "request_queue_time_seconds_count{" in http.get("/metrics").text)
     text = http.get("/metrics").text
     for name in (
         "vllm:num_requests_running",

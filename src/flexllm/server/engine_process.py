@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import zmq
 
 from flexllm.config import EngineConfig, JobSpec
-from flexllm.core import Request, StepResult
+from flexllm.core import Request, RequestStatus, StepResult
 from flexllm.server import protocol
 
 logger = logging.getLogger("flexllm.engine")
@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback) -> EngineLike
 
 
 def run_engine(config: EngineConfig, address: str, parent_pid: int, build: EngineFactory = build_engine) -> None:
-    """Main of the spawned process. Ends on `Shutdown`, on SIGTERM and when its parent is gone, durable state written."""
+    """Main of the spawned process. Ends on `Shutdown` or SIGTERM, durable state written, and when its parent is gone."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches both processes; the server decides
     context = zmq.Context()
@@ -88,6 +88,8 @@ class EngineLoop:
         self._stopping = False
         self._progressing = False
         self._steps: list[tuple[str, float]] = []
+        self._waiting: dict[str, Request] = {}  # those the engine has not run yet
+        self._queue_seconds: list[float] = []
         self._reported = 0.0
         self.ready = False
 
@@ -101,7 +103,11 @@ class EngineLoop:
         self._engine = engine
         self.send(protocol.Ready(engine.max_model_len, engine.model_config.vocab_size))
         self.ready = True
-        while not self._stopping and os.getppid() == self._parent_pid:
+        while not self._stopping:
+            if os.getppid() != self._parent_pid:
+                # Steps that nobody was told of must not become durable: the next server's record of the job would lack them.
+                logger.error("the server is gone")
+                return
             self._receive()
             self._step()
             self._report()
@@ -119,6 +125,7 @@ class EngineLoop:
         if isinstance(command, protocol.Shutdown):
             self.stop()
         elif isinstance(command, protocol.AbortRequest):
+            self._waiting.pop(command.id, None)
             self._engine.abort_request(command.id)
         else:
             self.send(self._answer(command))
@@ -140,16 +147,16 @@ class EngineLoop:
         engine = self._engine
         match command:
             case protocol.AddRequest():
-                engine.add_request(
-                    Request(
-                        id=command.id,
-                        prompt_ids=command.prompt_ids,
-                        sampling=command.sampling,
-                        arrival=command.arrival,
-                        adapter=command.adapter,
-                        priority=command.priority,
-                    )
+                request = Request(
+                    id=command.id,
+                    prompt_ids=command.prompt_ids,
+                    sampling=command.sampling,
+                    arrival=command.arrival,
+                    adapter=command.adapter,
+                    priority=command.priority,
                 )
+                engine.add_request(request)
+                self._waiting[request.id] = request
             case protocol.AddJob():
                 engine.add_job(command.spec)
             case protocol.PauseJob():
@@ -171,20 +178,25 @@ class EngineLoop:
             self.send(protocol.Outputs(result.outputs))
         if result.events:
             self.send(protocol.Events(result.events))
-        if self._progressing and self._engine.has_work:
-            self._steps.append((step_kind(self._engine.stats()), result.seconds))
+        if kind := step_kind(self._engine.stats()):
+            self._steps.append((kind, result.seconds))
+        begun = [r for r in self._waiting.values() if r.status is not RequestStatus.WAITING]
+        for request in begun:
+            del self._waiting[request.id]
+            self._queue_seconds.append(result.start - request.arrival)
 
     def _report(self) -> None:
         now = time.monotonic()
         if now - self._reported >= (STATS_SECONDS if self._engine.has_work else IDLE_STATS_SECONDS):
             self._reported = now
-            self.send(protocol.Stats(self._engine.stats(), tuple(self._steps)))
+            self.send(protocol.Stats(self._engine.stats(), tuple(self._steps), tuple(self._queue_seconds)))
             self._steps.clear()
+            self._queue_seconds.clear()
 
 
 def step_kind(stats: dict[str, Any]) -> str:
-    """`inference`, `finetune` or `mixed`: what the last iteration was made of."""
+    """`inference`, `finetune` or `mixed`: what the last iteration was made of; empty if it had nothing to do."""
     rows = stats.get("step", {})
     inference = rows.get("decode", 0) + rows.get("prefill", 0) > 0
     finetune = rows.get("window", 0) + rows.get("backward", 0) > 0
-    return "mixed" if inference and finetune else "finetune" if finetune else "inference"
+    return "mixed" if inference and finetune else "finetune" if finetune else "inference" if inference else ""

@@ -101,15 +101,14 @@ class Metrics:
         self._finished.append(FinishedRequest(choice.last_token, ttft, tpot, attained))
         self._num_finished += 1
 
-    def queued(self, seconds: float) -> None:
-        self._queue.observe(seconds)
-
     def engine(self, stats: Stats) -> None:
         now = time.monotonic()
         self.engine_stats = stats.engine
         for kind, seconds in stats.steps:
             self._step_seconds.labels(kind).observe(seconds)
             self._steps.append((now, kind, seconds))
+        for seconds in stats.queue_seconds:
+            self._queue.observe(seconds)
         self._trim(now)
 
     def job_event(self, event: JobEvent) -> None:

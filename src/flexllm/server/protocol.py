@@ -108,10 +108,13 @@ class Events(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):
-    """`engine` is `Engine.stats()`; `steps` the (kind, seconds) of every iteration since the last Stats message."""
+    """`engine` is `Engine.stats()`. The rest is what happened since the last Stats message: the (kind, seconds) of every
+    iteration, and how long each request that was first run had waited.
+    """
 
     engine: dict[str, Any]
     steps: tuple[tuple[str, float], ...] = ()
+    queue_seconds: tuple[float, ...] = ()
 
 
 Message = Progress | Ready | Fatal | RpcReply | Outputs | Events | Stats
