@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,21 +12,13 @@ from tests.tiny import write_tiny_llama
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    torch.set_num_threads(1)  # tiny models; several workers share the machine
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The database, adapters and latency profiles of the tests, child processes included, live in a folder of their own."""
-    folder = tmp_path_factory.mktemp("state")
-    before = os.environ.get("FLEXLLM_STATE_DIR")
-    os.environ["FLEXLLM_STATE_DIR"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["FLEXLLM_STATE_DIR"]
-    else:
-        os.environ["FLEXLLM_STATE_DIR"] = before
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For this process and its children: a state folder of their own, and one thread each, as workers share the machine."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXLLM_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="session")
