@@ -16,7 +16,7 @@ from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, S
 from flexllm.memory.block_pool import BlockPool
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
-SCAN_DEPTH = 16  # waiting requests of a class that are looked at for their deadlines
+SCAN_DEPTH = 8  # waiting requests of a class that are looked at for their deadlines
 
 
 class QueueFullError(ValueError):
@@ -103,7 +103,8 @@ class RequestQueues:
         `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
-        decodes = [InferenceChunk(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
+        new = tuple.__new__  # one per running request and iteration: the constructor's Python frame would double the cost
+        decodes = [new(InferenceChunk, (r, r.num_computed, r.num_computed + 1, True)) for r in self._decoding.values()]
         prefills: list[InferenceChunk] = []
         rows_left = self._config.max_batch_tokens - len(decodes)
         self.page_blocked = False
