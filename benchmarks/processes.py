@@ -101,6 +101,7 @@ def _serving(command: list[str], port: int, log_file: Path, environment: Mapping
 
     Raises RuntimeError with the end of its log when it exits early or is not up within START_TIMEOUT.
     """
+    signal.signal(signal.SIGTERM, _unwind)
     log(f"starting {' '.join(command)}")
     with log_file.open("wb") as output:
         process = subprocess.Popen(
@@ -112,6 +113,11 @@ def _serving(command: list[str], port: int, log_file: Path, environment: Mapping
         yield Server(base_url, "bench", process)
     finally:
         _stop_group(process)
+
+
+def _unwind(number: int, _frame: object) -> None:
+    """A benchmark that is terminated stops its servers on the way out; frozen ones would stay for ever."""
+    sys.exit(128 + number)
 
 
 def _wait_healthy(base_url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
