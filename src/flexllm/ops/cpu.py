@@ -6,6 +6,8 @@ in-place passes for the rest.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,7 @@ class CpuKernels(ReferenceKernels):
 
     def __init__(self, pack_backward: bool = True) -> None:
         self.pack_backward = pack_backward
+        _keep_freed_memory()
 
     # ------------------------------------------------------------------------------------------------------- linear
     def pack_linear(self, weight: Tensor) -> LinearWeight:
@@ -110,6 +113,16 @@ class CpuKernels(ReferenceKernels):
                 torch.mul(self.linear_dx(z, head), grad_scale, out=dh[chunk])
             del z  # before the next chunk's: one of them at a time
         return loss, correct, dh
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what this process frees: it returns blocks of megabytes to the system, and each new page of the next one costs
+    more than the arithmetic on it (a chunk of logits: 5 % of the loss head)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 2**25)  # the most it accepts
+        mallopt(m_trim_threshold, 2**30)
 
 
 def _packable(dtype: torch.dtype) -> bool:
