@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import httpx
@@ -98,6 +99,21 @@ def test_bad_uploads(http: httpx.Client) -> None:
 def test_no_upload_leaves_parts_behind(server: Server, client: OpenAI) -> None:
     upload(client, b"{bad")
     assert not list((server.state_dir / "files").glob("*.part"))
+
+
+def test_a_full_disk(client: OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted((server.state_dir / "files").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("flexllm.server.shelf.shutil.copyfileobj", refuse)
+        with pytest.raises(openai.InternalServerError) as caught:
+            upload(client, training_lines(1))
+    assert caught.value.status_code == 503
+    assert caught.value.code == "storage_error"
+    assert sorted((server.state_dir / "files").iterdir()) == before
+    assert upload(client, training_lines(1)).status == "processed"
 
 
 def test_file_names_are_only_names(client: OpenAI, server: Server) -> None:

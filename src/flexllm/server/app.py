@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,14 +16,12 @@ from flexllm import __version__
 from flexllm.server import files, finetuning, models, serving, system
 from flexllm.server.context import Context, ServedModel, Settings
 from flexllm.server.engine_client import EngineClient
-from flexllm.server.errors import http_error, internal_error, validation_error
+from flexllm.server.errors import http_error, internal_error, storage_error, validation_error
 from flexllm.server.gate import Gate
 from flexllm.server.jobs import JobService
 from flexllm.server.metrics import Metrics
 from flexllm.server.shelf import FileShelf
 from flexllm.server.store import Store
-
-logger = logging.getLogger("flexllm.server")
 
 
 def create_app(
@@ -52,6 +50,8 @@ def create_app(
     app.add_middleware(Gate)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(OSError, storage_error)
+    app.add_exception_handler(sqlite3.OperationalError, storage_error)
     app.add_exception_handler(Exception, internal_error)
     return app
 
@@ -67,7 +67,6 @@ def open_context(settings: Settings) -> Context:
 
 async def _load(context: Context, on_ready: Callable[[], None], on_failure: Callable[[str], None]) -> None:
     def fail(reason: str) -> None:
-        logger.error("there is no engine: %s", reason)
         context.failure = reason
         on_failure(reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from fastapi import Request
@@ -10,6 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+logger = logging.getLogger("flexllm.server")
+
+STORAGE_RETRY_SECONDS = 60
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -83,6 +87,13 @@ def validation_error(_: Request, error: Exception) -> Response:
     else:
         message = f"{param}: {first['msg']}" if param else first["msg"]
     return ErrorResponse(error_body(400, message, param or None), status_code=400)
+
+
+def storage_error(_: Request, error: Exception) -> Response:
+    """A full disk, for one: what was being stored is not, and serving goes on."""
+    logger.error("storage failed: %s", error)
+    body = error_body(503, f"the server cannot store this now ({error})", code="storage_error")
+    return ErrorResponse(body, status_code=503, headers={"retry-after": str(STORAGE_RETRY_SECONDS)})
 
 
 def internal_error(_: Request, error: Exception) -> Response:

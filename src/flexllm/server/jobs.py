@@ -315,9 +315,12 @@ class JobService:
         if self._store.adapters.get(final) is None:  # its announcement was lost in a crash; the files were not
             folder = self._output_dir(job.id) / f"checkpoint-{job.step}"
             await self._publisher.publish(job, JobEvent(job.id, "checkpoint", job.step, total_steps=job.step, path=str(folder)))
-        result = self._context.shelf.add_result("step_metrics.csv", self._result_csv(job.id))
         job = self._require(job.id)
-        job.fine_tuned_model, job.result_files = final, [result.id]
+        try:
+            job.result_files = [self._context.shelf.add_result("step_metrics.csv", self._result_csv(job.id)).id]
+        except OSError as error:
+            self.log(job.id, f"The result file could not be written: {error}", level="error")
+        job.fine_tuned_model = final
         job.trained_tokens = max(event.tokens, job.trained_tokens or 0)
         self.log(job.id, f"New fine-tuned model created: {final}")
         self._finish(job, "succeeded")

@@ -73,7 +73,7 @@ class Metrics:
             "flexllm:step_seconds", "Iterations by what they held.", ("kind",), registry=self.registry, buckets=LATENCY_BUCKETS
         )
         self._loss = Gauge("flexllm:finetune_loss", "Training loss of a job's latest step.", ("job",), registry=self.registry)
-        self._model_name = model_name
+        self.model_name = model_name
         self.registry.register(_Derived(self))
 
     # ------------------------------------------------------------------------------------------------------ observation
@@ -90,7 +90,7 @@ class Metrics:
             self.adapters_in_use -= collections.Counter([choice.adapter])
         self._prompt_tokens.inc(len(choice.prompt.ids))
         self._generation_tokens.inc(choice.num_tokens)
-        self._success.labels(self._model_name, choice.finish_reason or "abort").inc()
+        self._success.labels(self.model_name, choice.finish_reason or "abort").inc()
         if choice.first_token is None or choice.last_token is None or choice.finish_reason is None:
             return
         ttft = choice.first_token - choice.arrival
@@ -219,7 +219,7 @@ class _Derived(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        stats, name = self._metrics.engine_stats, self._metrics._model_name
+        stats, name = self._metrics.engine_stats, self._metrics.model_name
         yield _gauge("vllm:num_requests_running", "Requests in the batch.", ["model_name"], [([name], stats.get("num_running", 0))])
         yield _gauge("vllm:num_requests_waiting", "Requests that wait for pages.", ["model_name"], [([name], stats.get("num_waiting", 0))])
         yield _gauge("vllm:kv_cache_usage_perc", "KV pages in use, 0 to 1.", ["model_name"], [([name], stats.get("kv_usage", 0.0))])
