@@ -225,14 +225,14 @@ class Engine:
         self.trainer.remove(job_id)
 
     def _finish_jobs(self) -> tuple[JobEvent, ...]:
+        events = self.trainer.take_events()
+        for event in events:  # a last step that failed is still a failure: look for those first
+            if event.status is JobStatus.FAILED and event.job_id in self.trainer.jobs:
+                self._remove_job(event.job_id)
         for training in list(self.trainer.jobs.values()):
             if training.job.status is JobStatus.SUCCEEDED:
                 self.trainer.finish(training)
                 self._remove_job(training.job.id)
-        events = self.trainer.take_events()
-        for event in events:
-            if event.status is JobStatus.FAILED and event.job_id in self.trainer.jobs:
-                self._remove_job(event.job_id)
         return events
 
     # ------------------------------------------------------------------------------------------------------------ state

@@ -21,9 +21,18 @@ def params(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()}
 
 
-def grads(step: int, scale: float = 1.0) -> dict[str, Tensor]:
+def grads(step: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return {n: scale * torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+    return {n: (scale * torch.randn(s, generator=generator)).to(dtype) for n, s in SHAPES.items()}
+
+
+def ledger(gradients: dict[str, Tensor]) -> GradientLedger:
+    """These gradients, as if they were of one label."""
+    filled = GradientLedger(gradients)
+    for name, grad in gradients.items():
+        filled.add(name, grad)
+    filled.label_count = 1
+    return filled
 
 
 def config(**values: Any) -> FinetuneConfig:
@@ -32,22 +41,22 @@ def config(**values: Any) -> FinetuneConfig:
 
 # ---------------------------------------------------------------------------------------------------------------- ledger
 def test_the_ledger_means_over_labels_however_the_sum_was_cut() -> None:
-    ledger = GradientLedger(params(torch.bfloat16))
+    filled = GradientLedger(params(torch.bfloat16))
     whole = grads(0)
     for name, g in whole.items():
         for part in (0.25, 0.5, 0.25):
-            ledger.add(name, part * g)
-    ledger.label_count = 8
-    mean = ledger.mean()
+            filled.add(name, part * g)
+    filled.label_count = 8
+    mean = filled.mean()
     for name, g in whole.items():
         assert mean[name].dtype == torch.float32
         torch.testing.assert_close(mean[name], g / 8)
-    assert ledger.grad_norm() == pytest.approx(math.sqrt(sum(float((m**2).sum()) for m in mean.values())))
+    assert filled.grad_norm() == pytest.approx(math.sqrt(sum(float((m**2).sum()) for m in mean.values())))
     mean["layers.0.q_proj.A"].zero_()  # a copy
-    assert ledger.grad_norm() > 0
-    ledger.zero()
-    assert ledger.label_count == 0
-    assert ledger.grad_norm() == 0
+    assert filled.grad_norm() > 0
+    filled.zero()
+    assert filled.label_count == 0
+    assert filled.grad_norm() == 0
 
 
 def test_the_ledger_keeps_float64_and_widens_bfloat16() -> None:
@@ -87,7 +96,7 @@ def test_steps_are_those_of_torch(max_grad_norm: float) -> None:
         for p, g in zip(reference, grads(step).values(), strict=True):
             p.grad = g.clone()
         norm = torch.nn.utils.clip_grad_norm_(reference, max_grad_norm or math.inf)
-        assert ours.step(grads(step)) == (pytest.approx(float(norm)), scheduler.get_last_lr()[0])
+        assert ours.step(ledger(grads(step))) == (pytest.approx(float(norm)), scheduler.get_last_lr()[0])
         adamw.step()
         scheduler.step()
     for theirs, mine in zip(reference, live.values(), strict=True):
@@ -98,7 +107,7 @@ def test_small_updates_survive_in_the_masters_of_bfloat16_parameters() -> None:
     live = {"w": torch.ones(3, dtype=torch.bfloat16)}
     optimizer = AdapterOptimizer(live, config(learning_rate=1e-4), 100)
     for _ in range(100):  # each step is far below bfloat16's resolution at 1
-        optimizer.step({"w": torch.ones(3)})
+        optimizer.step(ledger({"w": torch.ones(3)}))
     assert optimizer.masters()["w"].dtype == torch.float32
     torch.testing.assert_close(optimizer.masters()["w"], torch.full((3,), 0.99), rtol=0, atol=1e-5)
     assert torch.equal(live["w"], optimizer.masters()["w"].bfloat16())
@@ -107,7 +116,7 @@ def test_small_updates_survive_in_the_masters_of_bfloat16_parameters() -> None:
 def test_float64_stays_float64_and_views_are_written_through() -> None:
     pool = torch.zeros(10, 6, dtype=torch.float64)
     live = {"w": pool[2:6]}
-    AdapterOptimizer(live, config(), 10).step({"w": torch.full((4, 6), 1e-3, dtype=torch.float64)})
+    AdapterOptimizer(live, config(), 10).step(ledger({"w": torch.full((4, 6), 1e-3, dtype=torch.float64)}))
     assert pool[2:6].abs().min() > 0.009
     assert pool[:2].abs().max() == pool[6:].abs().max() == 0
 
@@ -116,10 +125,10 @@ def test_float64_stays_float64_and_views_are_written_through() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     live = params()
     optimizer = AdapterOptimizer(live, config(), 10)
-    optimizer.step(grads(0))
+    optimizer.step(ledger(grads(0)))
     before = {n: p.clone() for n, p in live.items()}
     with pytest.raises(FloatingPointError, match="step 2"):
-        optimizer.step(grads(1, scale=bad))
+        optimizer.step(ledger(grads(1, scale=bad)))
     assert all(torch.equal(live[n], before[n]) for n in live)
     assert optimizer.steps == 1
 
@@ -132,15 +141,15 @@ def test_continuing_from_saved_state_is_bit_exact(dtype: torch.dtype, at: int) -
     live = params(dtype)
     optimizer = AdapterOptimizer(live, settings, 10)
     for step in range(at):
-        optimizer.step(grads(step))
+        optimizer.step(ledger(grads(step, dtype)))
     state = optimizer.state_dict()
     resumed_live = {n: torch.zeros_like(p) for n, p in live.items()}
     resumed = AdapterOptimizer(resumed_live, settings, 10)
     for step in range(at, 10):  # the state is a copy: going on here does not touch it
-        optimizer.step(grads(step))
+        optimizer.step(ledger(grads(step, dtype)))
     resumed.load_state_dict(state)
     for step in range(at, 10):
-        resumed.step(grads(step))
+        resumed.step(ledger(grads(step, dtype)))
     assert all(torch.equal(live[n], resumed_live[n]) for n in live)
     assert all(torch.equal(optimizer.masters()[n], resumed.masters()[n]) for n in live)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.state_dict().values(), resumed.state_dict().values(), strict=True))

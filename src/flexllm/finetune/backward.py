@@ -86,3 +86,5 @@ def run_slice(
         row += part.rows
         if part.start == 0:
             state.store.free(work.layer)
+            if work.layer == first.program.lowest_layer:
+                state.grad = None

@@ -108,7 +108,7 @@ class TrainingJob:
     def optimizer_step(self, sums: LossSums) -> JobEvent:
         """Apply the group's gradients (summed over labels) divided by the number of labels. FloatingPointError: not finite."""
         self.ledger.label_count = sums.labels
-        grad_norm, rate = self.optimizer.step(self.ledger.mean())
+        grad_norm, rate = self.optimizer.step(self.ledger)
         self.ledger.zero()
         self.tokens += sum(s.length for s in self.job.group)
         step = self.job.step + 1  # the scheduler counts it in update()
