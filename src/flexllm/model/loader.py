@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexllm.model import default_model, gguf_import, hub
+from flexllm.model import hub
 from flexllm.model.config import ModelConfig
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -68,10 +68,14 @@ def resolve_model(ref: str | None) -> Path:
     A .gguf file is converted once into the cache folder. Raises ValueError that says what is missing.
     """
     if ref is None:
+        from flexllm.model import default_model  # here and below: only these two need the gguf package
+
         folder = default_model.folder()
     elif (path := Path(ref).expanduser()).is_dir():
         folder = path
     elif path.suffix == ".gguf":
+        from flexllm.model import gguf_import
+
         folder = gguf_import.converted(path)
     elif _HUB_ID.fullmatch(ref):
         folder = hub.snapshot(ref)

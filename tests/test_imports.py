@@ -1,0 +1,25 @@
+"""The engine runs where only torch, numpy, transformers, tokenizers and safetensors are installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+ABSENT = ["fastapi", "uvicorn", "msgspec", "zmq", "typer", "prometheus_client", "gguf", "peft", "openai"]
+CHECK = f"""
+import sys
+for name in {ABSENT!r}:
+    sys.modules[name] = None  # importing it is an ImportError
+import flexllm.engine, flexllm.llm
+"""
+
+
+def test_the_engine_needs_no_web_or_wire_library() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_scheduler_needs_no_torch() -> None:
+    check = "import sys; import flexllm.scheduler.scheduler, flexllm.memory.budget; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
