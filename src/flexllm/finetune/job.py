@@ -61,6 +61,7 @@ class TrainingJob:
     valid_sums: LossSums = field(default_factory=LossSums)
     tokens: int = 0  # rows trained (forward and backward), all steps
     last_saved: float = -math.inf  # when the resume state was last written
+    write_failed: bool = False  # set by the writer's thread: the job has failed, and nothing more of it is written or announced
 
     def __post_init__(self) -> None:
         parameters = self.pool.parameters(self.slot)

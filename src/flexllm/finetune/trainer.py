@@ -172,10 +172,13 @@ class Trainer:
         """Disk never delays an iteration. A write that fails (a full disk) fails the job, not the engine."""
 
         def run() -> None:
+            if training.write_failed:
+                return
             try:
                 event = work()
             except Exception as error:  # whatever the file system says, the engine goes on
                 log.exception("job %s: writing failed", training.job.id)
+                training.write_failed = True
                 event = self._status(training, JobStatus.FAILED, f"could not write the job's files: {error}")
             if event is not None:
                 self.events.put(event)

@@ -91,6 +91,8 @@ def load_adapter(folder: str | Path) -> AdapterFile:
                 f"{folder / WEIGHTS_FILE}: layers.{layer}.{target} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                 f"but {CONFIG_FILE} says rank {config.r}"
             )
+        if not (a.isfinite().all() and b.isfinite().all()):  # a rank mask of zeros does not keep NaN from the rows of others
+            raise ValueError(f"{folder / WEIGHTS_FILE}: layers.{layer}.{target} has values that are not finite")
     return AdapterFile(config, settings.get("base_model_name_or_path") or "", tensors)
 
 
