@@ -17,10 +17,12 @@ import peft
 import torch
 import transformers
 
+from flexllm.batch import FusedBatch
 from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, LoraConfig, SchedulerConfig
-from flexllm.core import JobEvent, JobStatus, Request, SamplingParams, StepPlan
+from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingParams, StepPlan
 from flexllm.engine import Engine
 from flexllm.finetune.data import IGNORE, TokenizedDataset
+from flexllm.model import default_model
 from flexllm.scheduler.jobs import epoch_order
 from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, PlanFeatures
 
@@ -189,6 +191,10 @@ def final_adapter(spec: JobSpec, step: int) -> dict[str, torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------------------- oracles
+def default_hf_model(dtype: torch.dtype) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(default_model.folder(), dtype=dtype, attn_implementation="sdpa").eval()
+
+
 def random_adapter(model: torch.nn.Module, folder: Path, lora: LoraConfig, seed: int, spread: float = 0.2) -> Path:
     """An adapter of `model` that PEFT made and saved, random in A and in B."""
     config = peft.LoraConfig(
@@ -213,6 +219,21 @@ def with_adapter(model: torch.nn.Module, folder: Path | str, trainable: bool = F
 def oracle_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """[len(ids), V]"""
     return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+@torch.no_grad()
+def engine_logits(engine: Engine, ids: list[int], adapter: str | None = None) -> torch.Tensor:
+    """[len(ids), V]: the prompt in one iteration, as a request with that adapter has it."""
+    slot = engine.adapters.acquire(adapter).id if adapter else -1
+    blocks = engine.blocks.allocate(engine.blocks.blocks_for(len(ids)))
+    request = Request("probe", ids, SamplingParams(), 0.0, blocks=blocks, adapter_slot=slot)
+    plan = StepPlan(inference=(InferenceChunk(request, 0, len(ids), True),))
+    batch = FusedBatch.build(plan, engine.cache, engine.adapter_pool, engine.model.rope, {})
+    logits = engine.model.logits(engine.model.forward(batch, engine.cache, engine.adapter_pool))
+    engine.blocks.free(blocks)
+    if adapter:
+        engine.adapters.release(slot)
+    return logits
 
 
 def assert_same_greedy(got: list[int], want: list[int], prompt: list[int], oracle: torch.nn.Module) -> None:
