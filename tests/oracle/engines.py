@@ -200,13 +200,14 @@ def random_adapter(model: torch.nn.Module, folder: Path, lora: LoraConfig, seed:
     config = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, target_modules=list(lora.target_modules), use_rslora=lora.use_rslora, task_type="CAUSAL_LM"
     )
-    twin = peft.get_peft_model(copy.deepcopy(model), config)
+    twin = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in twin.named_parameters():
             if "lora_" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * spread)
     twin.save_pretrained(folder)
+    twin.unload()  # the model is as it was
     return folder
 
 
