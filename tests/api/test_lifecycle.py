@@ -14,6 +14,7 @@ import pytest
 from flexllm.config import EngineConfig
 from flexllm.server.context import Settings
 from flexllm.server.engine_process import ProgressCallback
+from flexllm.server.store import Store
 from tests.api.conftest import CHAT, MODEL, Server, eventually, fake_settings, serve, training_lines, wait_for_job
 from tests.api.fake_engine import FakeEngine, build_fake
 
@@ -91,6 +92,27 @@ def test_a_request_that_kills_the_engine_fails_alone(tiny_llama: Path, tmp_path:
             client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "CRASH"}])
         eventually(lambda: server.http().get("/health").status_code == 200)
         assert client.chat.completions.create(model=MODEL, messages=CHAT).choices
+
+
+def test_an_end_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
+    """The engine wrote the last checkpoint; the server was killed before it stored the news."""
+    settings = fake_settings(tiny_llama, tmp_path)
+    with serve(settings) as server:
+        job_id = start_job(server, hyperparameters={"n_epochs": 6})
+        name = wait_for_job(server.client(), job_id, "succeeded").fine_tuned_model
+    store = Store(tmp_path / "flexllm.sqlite")
+    job = store.jobs.get(job_id)
+    assert job is not None
+    job.status, job.fine_tuned_model, job.result_files = "running", None, []
+    store.jobs.update(job)
+    store.adapters.delete(name)
+    store.close()
+    with serve(settings) as server:
+        done = wait_for_job(server.client(), job_id, "succeeded")
+        assert done.fine_tuned_model == name
+        assert len(done.result_files) == 1
+        assert server.client().chat.completions.create(model=name, messages=CHAT).choices
+        assert steps_of(server, job_id) == list(range(1, 13))
 
 
 def test_everything_is_there_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:

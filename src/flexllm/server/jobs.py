@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
-import io
 import logging
 import time
 from collections.abc import Iterator
@@ -22,8 +20,9 @@ from flexllm.core import JobEvent, JobStatus
 from flexllm.server import protocol
 from flexllm.server.engine_client import EngineOverloaded, EngineUnavailable
 from flexllm.server.errors import ApiError, bad_request
+from flexllm.server.job_log import JobLog
 from flexllm.server.publish import Publisher
-from flexllm.server.store import EventRecord, JobRecord
+from flexllm.server.store import JobRecord
 
 if TYPE_CHECKING:
     from flexllm.server.context import Context, ServedModel
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexllm.server")
 
 CRASHES = 3  # engine deaths in a row, without a step between, after which a job is held to be their cause
-RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 class JobService:
@@ -39,6 +37,7 @@ class JobService:
 
     def __init__(self, context: Context, folder: Path) -> None:
         self._context, self._store, self._folder = context, context.store, folder
+        self._log = JobLog(context.store)
         self._publisher = Publisher(context)
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._preparing: dict[str, asyncio.Task[None]] = {}
@@ -69,6 +68,7 @@ class JobService:
         """A fresh engine process knows nothing: give it the adapters, then the jobs."""
         await self._publisher.register_all()
         for job in list(self.active_jobs()):
+            await self._catch_up(job)
             await self._submit(job.id)
 
     def engine_lost(self) -> None:
@@ -92,7 +92,7 @@ class JobService:
     # -------------------------------------------------------------------------------------------------- what users do
     def create(self, job: JobRecord) -> None:
         self._store.jobs.insert(job, durable=True)
-        self.log(job.id, f"Created fine-tuning job: {job.id}")
+        self._log.message(job.id, f"Created fine-tuning job: {job.id}")
         self._prepare_in_background(job)
 
     async def cancel(self, job: JobRecord) -> JobRecord:
@@ -103,7 +103,7 @@ class JobService:
         job = self._require(job.id)
         if not job.is_final:  # it may have ended meanwhile
             self._finish(job, "cancelled")
-            self.log(job.id, "The job was cancelled")
+            self._log.message(job.id, "The job was cancelled")
         return job
 
     async def pause(self, job: JobRecord) -> JobRecord:
@@ -113,7 +113,7 @@ class JobService:
         job = self._require(job.id)
         if not job.is_final:
             self._set_status(job, "paused")
-            self.log(job.id, "The job was paused")
+            self._log.message(job.id, "The job was paused")
         return job
 
     async def resume(self, job: JobRecord) -> JobRecord:
@@ -127,14 +127,8 @@ class JobService:
             if not job.prepared and job.id not in self._preparing:
                 self._prepare_in_background(job)
             await self._submit(job.id)
-        self.log(job.id, "The job was resumed")
+        self._log.message(job.id, "The job was resumed")
         return self._require(job.id)
-
-    def log(self, job_id: str, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        record = EventRecord(id=self._store.new_id("ftevent"), created_at=int(time.time()), job_id=job_id, message=message, level=level)
-        if data is not None:
-            record.type, record.data = "metrics", data
-        self._store.events.insert(record)
 
     # ----------------------------------------------------------------------------------------------------- preparation
     def _prepare_in_background(self, job: JobRecord) -> None:
@@ -152,7 +146,7 @@ class JobService:
         ):
             if file_id is None:
                 continue
-            self.log(job_id, f"Validating {param.replace('_', ' ')}: {file_id}")
+            self._log.message(job_id, f"Validating {param.replace('_', ' ')}: {file_id}")
             try:
                 await asyncio.to_thread(self._tokenize, job, file_id, target, model)
             except (ValueError, OSError) as error:
@@ -166,7 +160,7 @@ class JobService:
             return
         job.prepared = True
         self._set_status(job, "queued" if job.status == "validating_files" else job.status)
-        self.log(job_id, "Files validated, moving job to queued state")
+        self._log.message(job_id, "Files validated, moving job to queued state")
         await self._submit(job_id)
 
     def _tokenize(self, job: JobRecord, file_id: str, target: Path, model: ServedModel) -> None:
@@ -179,7 +173,7 @@ class JobService:
         dataset, report = tokenize_file(self._context.shelf.path(file_id), model.tokenizer, length, config.truncate)
         dataset.save(target)
         if report.truncated or report.too_long or report.unlabelled:
-            self.log(
+            self._log.message(
                 job.id,
                 f"{file_id}: of {report.examples} examples {report.truncated} were cut to {length} tokens, "
                 f"{report.too_long} left out as longer, {report.unlabelled} left out for want of anything to learn",
@@ -203,7 +197,7 @@ class JobService:
             await engine.call(protocol.AddJob, spec=self._spec(job))
         except EngineOverloaded as error:
             self._submitted.discard(job_id)
-            self.log(job_id, f"The job waits: {error}", level="warn")
+            self._log.message(job_id, f"The job waits: {error}", level="warn")
             return
         except EngineUnavailable:
             self._submitted.discard(job_id)
@@ -217,7 +211,16 @@ class JobService:
         job = self._require(job_id)
         if job.status == "queued":
             self._set_status(job, "running")
-            self.log(job_id, "Fine-tuning job started")
+            self._log.message(job_id, "Fine-tuning job started")
+
+    async def _catch_up(self, job: JobRecord) -> None:
+        """Announce what the last engine wrote but could not tell: checkpoints appear on disk whole or not at all."""
+        steps = sorted(int(path.name.rpartition("-")[2]) for path in self._output_dir(job.id).glob("checkpoint-*"))
+        for step in steps:
+            await self._publisher.publish(job, self._checkpoint_event(job, step), if_known=False)
+        job = self._require(job.id)
+        if job.total_steps and job.total_steps in steps and not job.is_final:
+            self._succeed(job, job.trained_tokens or 0)
 
     async def _submit_waiting(self) -> None:
         """A job has ended: another one may fit now."""
@@ -262,74 +265,40 @@ class JobService:
             return
         self._context.metrics.job_event(event)
         if event.kind == "step":
-            self._on_step(job, event)
+            self._crashes.pop(job.id, None)
+            self._log.step(job, event)
         elif event.kind == "validation":
-            self._on_validation(job, event)
+            self._log.validation(job, event)
+            self._publisher.add_validation(job, event)
         elif event.kind == "checkpoint" and event.path is not None:
             await self._publisher.publish(job, event)
         elif event.status is JobStatus.SUCCEEDED:
-            await self._succeed(job, event)
+            self._succeed(job, event.tokens)
         elif event.status is JobStatus.FAILED:
             self._submitted.discard(job.id)
             self._fail(job, "training_failed", event.message)
         if event.status is not None and event.status.is_final:
             await self._submit_waiting()
 
-    def _on_step(self, job: JobRecord, event: JobEvent) -> None:
-        self._crashes.pop(job.id, None)
-        if event.step <= job.step:
-            return  # run again after a crash; told before
-        job.step, job.total_steps, job.trained_tokens = event.step, event.total_steps, event.tokens
-        self._store.jobs.update(job)
-        data = {
-            "step": event.step,
-            "total_steps": event.total_steps,
-            "epoch": event.epoch,
-            "train_loss": event.loss,
-            "train_mean_token_accuracy": event.token_accuracy,
-            "tokens": event.tokens,
-            "labels": event.labels,
-            "grad_norm": event.grad_norm,
-            "learning_rate": event.learning_rate,
-        }
-        self.log(job.id, f"Step {event.step}/{event.total_steps}: training loss={_figure(event.loss)}", data=data)
-
-    def _on_validation(self, job: JobRecord, event: JobEvent) -> None:
-        if event.step <= job.valid_step:
-            return
-        job.valid_step = event.step
-        self._store.jobs.update(job)
-        data = {
-            "step": event.step,
-            "total_steps": event.total_steps,
-            "valid_loss": event.loss,
-            "valid_mean_token_accuracy": event.token_accuracy,
-        }
-        self.log(job.id, f"Step {event.step}/{event.total_steps}: validation loss={_figure(event.loss)}", data=data)
-        self._publisher.add_validation(job, event)
-
     # ---------------------------------------------------------------------------------------------------------- the end
-    async def _succeed(self, job: JobRecord, event: JobEvent) -> None:
+    def _succeed(self, job: JobRecord, tokens: int) -> None:
+        """Follows the last checkpoint."""
         self._submitted.discard(job.id)
         final = self._publisher.final_name(job)
-        if self._store.adapters.get(final) is None:  # its announcement was lost in a crash; the files were not
-            folder = self._output_dir(job.id) / f"checkpoint-{job.step}"
-            await self._publisher.publish(job, JobEvent(job.id, "checkpoint", job.step, total_steps=job.step, path=str(folder)))
-        job = self._require(job.id)
         try:
-            job.result_files = [self._context.shelf.add_result("step_metrics.csv", self._result_csv(job.id)).id]
+            job.result_files = [self._context.shelf.add_result("step_metrics.csv", self._log.result_csv(job.id)).id]
         except OSError as error:
-            self.log(job.id, f"The result file could not be written: {error}", level="error")
+            self._log.message(job.id, f"The result file could not be written: {error}", level="error")
         job.fine_tuned_model = final
-        job.trained_tokens = max(event.tokens, job.trained_tokens or 0)
-        self.log(job.id, f"New fine-tuned model created: {final}")
+        job.trained_tokens = max(tokens, job.trained_tokens or 0)
+        self._log.message(job.id, f"New fine-tuned model created: {final}")
         self._finish(job, "succeeded")
-        self.log(job.id, "The job has successfully completed")
+        self._log.message(job.id, "The job has successfully completed")
 
     def _fail(self, job: JobRecord, code: str, message: str, param: str | None = None) -> None:
         job.error = {"code": code, "message": message, "param": param}
         self._finish(job, "failed")
-        self.log(job.id, f"The job failed: {message}", level="error")
+        self._log.message(job.id, f"The job failed: {message}", level="error")
 
     def _finish(self, job: JobRecord, status: str) -> None:
         job.finished_at = int(time.time())
@@ -347,19 +316,6 @@ class JobService:
         self._train_path(job_id).unlink(missing_ok=True)
         self._valid_path(job_id).unlink(missing_ok=True)
 
-    def _result_csv(self, job_id: str) -> str:
-        steps: dict[int, dict[str, Any]] = {}
-        for record in self._store.events.all(owner=job_id):
-            if record.data is not None:
-                row = steps.setdefault(record.data["step"], {})
-                row.update(record.data)
-                row["train_accuracy"] = row.get("train_mean_token_accuracy")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, RESULT_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(steps[step] for step in sorted(steps))
-        return text.getvalue()
-
     # ------------------------------------------------------------------------------------------------------------ places
     def _require(self, job_id: str) -> JobRecord:
         job = self._store.jobs.get(job_id)
@@ -375,6 +331,6 @@ class JobService:
     def _output_dir(self, job_id: str) -> Path:
         return self._folder / job_id / "output"
 
-
-def _figure(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4f}"
+    def _checkpoint_event(self, job: JobRecord, step: int) -> JobEvent:
+        path = self._output_dir(job.id) / f"checkpoint-{step}"
+        return JobEvent(job.id, "checkpoint", step, total_steps=job.total_steps, path=str(path))

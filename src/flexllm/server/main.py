@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +34,7 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain: requests in flight finish, jobs become durable. `port` 0 picks a free one.
 
-    Raises ValueError when it cannot listen, or when the model or the settings do not work.
+    Raises ValueError when it cannot listen, when its state folder has another server, or when the model or the settings do not work.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     settings = Settings(config, api_key, served_model_name, enable_adapter_loading, adapter_dir)
@@ -55,14 +58,25 @@ def run_server(
     # uvicorn raises the signal that ended it once more when all is done; ending was the point, so it ends nothing else.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
+        with _owned(config.state_dir), contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, before)
         listener.close()
     if failures:
         raise ValueError(failures[0])
+
+
+@contextlib.contextmanager
+def _owned(state_dir: Path) -> Iterator[None]:
+    """One server per state folder: two would run the same jobs. The lock goes with its process, however that ends."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{state_dir} is in use by another server; choose another folder with --state-dir") from None
+        yield
 
 
 class DrainingServer(uvicorn.Server):

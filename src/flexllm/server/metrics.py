@@ -21,6 +21,7 @@ from flexllm.server.store import JobRecord
 
 WINDOW_SECONDS = 60.0
 RATE_SECONDS = 20.0  # over which a job's tokens/s is taken, at least two steps though
+SHOWN_JOBS = 20  # the latest ones
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -186,7 +187,7 @@ class Metrics:
                     "loss": job.loss,
                     "tokens_per_second": self.tokens_per_second(job.job_id),
                 }
-                for job in self.jobs.values()
+                for job in list(self.jobs.values())[-SHOWN_JOBS:]
             ],
             "memory": stats.get("memory", {}),
             "kv_usage": stats.get("kv_usage", 0.0),

@@ -27,12 +27,14 @@ class Publisher:
         """`ft:<base>:<org>:<suffix>:<id>`; the id is the random end of the job's."""
         return f"ft:{self._context.model_name}:{ORGANIZATION}:{job.suffix or ''}:{job.id[-10:]}"
 
-    async def publish(self, job: JobRecord, event: JobEvent) -> None:
-        """Serve a checkpoint, the last one under the job's own name. Known ones are not announced twice."""
+    async def publish(self, job: JobRecord, event: JobEvent, if_known: bool = True) -> None:
+        """Serve a checkpoint, the last one under the job's own name. A known one is loaded again, if wanted, but not announced."""
         assert event.path is not None
         final = event.step == event.total_steps
         name = self.final_name(job) if final else f"{self.final_name(job)}:ckpt-step-{event.step}"
         known = self._store.adapters.get(name) is not None
+        if known and not if_known:
+            return
         await self._register(name, event.path)
         if known:
             return
