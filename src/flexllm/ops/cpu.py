@@ -141,11 +141,11 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, negative: slice) -> Tensor:
     """x cos + roll(x) sin with sin's columns `negative` negated: a head rolled by half of itself is rotate_half but for signs."""
-    hd = cos.shape[-1]
+    rows, hd = cos.shape
     signed = sin.clone()
     signed[:, negative].neg_()
-    heads = x.unflatten(-1, (-1, hd))
-    return torch.mul(heads, cos[:, None]).addcmul_(heads.roll(hd // 2, -1), signed[:, None]).flatten(-2)
+    heads = x.view(rows, x.shape[1] // hd, hd)
+    return torch.mul(heads, cos.unsqueeze(1)).addcmul_(heads.roll(hd // 2, -1), signed.unsqueeze(1)).view(x.shape)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
