@@ -275,7 +275,7 @@ class Engine:
                 "finetune_budget": self.finetune_budget.total,
                 "optimizer": sum(t.optimizer.nbytes + t.ledger.nbytes for t in self.trainer.jobs.values()),
             },
-            "finetune_tokens": {j: {"backward": t.tokens} for j, t in self.trainer.jobs.items()},  # by the phase they have been through
+            "finetune_tokens": {j: dict(t.phase_tokens) for j, t in self.trainer.jobs.items()},
         }
 
     def _profile_path(self) -> Path:

@@ -66,13 +66,18 @@ class Trainer:
             self._sums[loss.sequence].add(loss.loss_sum, loss.labels, loss.correct)
         for rows in batch.windows:
             sequence = rows.window.sequence
-            if not sequence.train and rows.window.end == sequence.length:
+            if sequence.train:
+                self.jobs[sequence.job.id].phase_tokens["forward"] += rows.window.rows
+            elif rows.window.end == sequence.length:
                 self._finish_validation(sequence)
         return losses
 
     def run_backward(self, plan: StepPlan) -> None:
         for work in plan.backward:
-            run_slice(self.model, self.cache, self.pool, work, self.states, self.jobs[work.job.id].ledger)
+            training = self.jobs[work.job.id]
+            run_slice(self.model, self.cache, self.pool, work, self.states, training.ledger)
+            if work.layer == training.program.lowest_layer:
+                training.phase_tokens["backward"] += work.rows
 
     def step_optimizers(self, jobs: tuple[FinetuneJob, ...], now: float) -> None:
         for job in jobs:
