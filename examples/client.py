@@ -1,6 +1,6 @@
 """Upload data, finetune and ask, over HTTP with the official client. First: flexllm serve
 
-python examples/client.py [--url http://127.0.0.1:8000] [--epochs 4]
+python examples/client.py [--url http://127.0.0.1:8000] [--epochs 3]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default="none")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
 
     client = OpenAI(base_url=f"{args.url}/v1", api_key=args.api_key)

@@ -1,6 +1,6 @@
 """Finetune an adapter and ask base and finetuned model the same question, in one process.
 
-python examples/offline.py [--model MODEL] [--epochs 4]
+python examples/offline.py [--model MODEL] [--epochs 3]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def show(event: JobEvent) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, .gguf file or Hugging Face id; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", default="tovrel-adapter")
     args = parser.parse_args()
 

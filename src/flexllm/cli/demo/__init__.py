@@ -17,7 +17,7 @@ def demo(
     model: Model = DEFAULT_MODEL,
     rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.5,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer of the load.", min=2)] = 48,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 4,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 3,
     slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 2.0,
     slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.15,
     time_limit: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 600.0,
