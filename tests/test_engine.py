@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,12 +38,12 @@ def engine(folder: Path) -> Engine:
     return open_engine(folder / "model")
 
 
-def request(request_id: str = "r", length: int = 8, adapter: str | None = None, max_tokens: int = 5, **sampling) -> Request:
+def request(request_id: str = "r", length: int = 8, adapter: str | None = None, max_tokens: int = 5, **sampling: Any) -> Request:
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **sampling})
     return Request(request_id, [3 + i % 100 for i in range(length)], params, 0.0, adapter=adapter)
 
 
-def spec(folder: Path, job_id: str = "job", lengths: tuple[int, ...] = (20, 30, 9), lora: LoraConfig = LORA, **more) -> JobSpec:
+def spec(folder: Path, job_id: str = "job", lengths: tuple[int, ...] = (20, 30, 9), lora: LoraConfig = LORA, **more: Any) -> JobSpec:
     return job_spec(job_id, folder, random_texts(random.Random(0), lengths, VOCAB), more.pop("finetune", FINETUNE), lora, **more)
 
 

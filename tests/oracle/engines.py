@@ -74,7 +74,7 @@ def open_engine(folder: Path | None, dtype: str = "float32", *, num_blocks: int 
 
 @dataclass
 class Run:
-    """Drives an engine and keeps what it says. `shared`: iterations that held rows of requests and of finetuning."""
+    """Drives an engine and keeps what it says."""
 
     engine: Engine
     check: bool = True  # the scheduler's integrity, after every iteration
@@ -131,6 +131,7 @@ class Run:
 
     @property
     def shared(self) -> int:
+        """Iterations that held rows of requests and of finetuning."""
         return sum(bool(p.inference and (p.windows or p.backward)) for p in self.plans)
 
 
@@ -191,7 +192,7 @@ def final_adapter(spec: JobSpec, step: int) -> dict[str, torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------------------- oracles
-def default_hf_model(dtype: torch.dtype) -> torch.nn.Module:
+def default_hf_model(dtype: torch.dtype) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(default_model.folder(), dtype=dtype, attn_implementation="sdpa").eval()
 
 

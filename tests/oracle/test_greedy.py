@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from flexllm.config import FinetuneConfig, LoraConfig
 from flexllm.core import Request, SamplingParams
@@ -24,7 +24,7 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
 
 
 @torch.no_grad()
-def generate(hf: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+def generate(hf: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """TOKENS more tokens of each prompt, by Hugging Face; padded on the left, and never stopped by the end of a text."""
     hf.generation_config.eos_token_id = None
     width = max(map(len, prompts))
