@@ -47,6 +47,15 @@ def api_key() -> str | None:
     return os.environ.get("FLEXLLM_API_KEY") or None
 
 
+def wait_passively() -> None:
+    """Let OpenMP threads sleep at barriers instead of spinning; to be called before torch is loaded.
+
+    The engine shares its cores with the HTTP process (and whoever else is there). With spinning threads each of the
+    thousands of barriers of an iteration can then cost a time slice. A user's own OMP_WAIT_POLICY stands.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @dataclass(frozen=True)
 class SLO:
     """Objectives in seconds. A request attains them if TTFT (queueing included) <= ttft and its mean TPOT <= tpot."""
