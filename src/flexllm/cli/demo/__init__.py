@@ -15,11 +15,11 @@ from flexllm.config import SLO
 
 def demo(
     model: Model = DEFAULT_MODEL,
-    rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.5,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer of the load.", min=2)] = 48,
+    rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.4,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer of the load.", min=2)] = 40,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 3,
     slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 2.0,
-    slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.15,
+    slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.2,
     time_limit: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 600.0,
     threads: Threads = None,
 ) -> None:
@@ -39,17 +39,19 @@ def demo(
         raise ValueError(f"the demo needs the {error.name} package: pip install 'flexllm-engine[dev]'") from None
 
     with tempfile.TemporaryDirectory(prefix="flexllm-demo-") as state_dir:
-        learnt = asyncio.run(
-            run_demo(
-                model,
-                SLO(slo_ttft, slo_tpot),
-                Path(state_dir),
-                rate=rate,
-                max_tokens=max_tokens,
-                epochs=epochs,
-                time_limit=time_limit,
-                threads=threads,
-            )
+        script = run_demo(
+            model,
+            SLO(slo_ttft, slo_tpot),
+            Path(state_dir),
+            rate=rate,
+            max_tokens=max_tokens,
+            epochs=epochs,
+            time_limit=time_limit,
+            threads=threads,
         )
+        try:
+            learnt = asyncio.run(script)
+        except asyncio.CancelledError:  # SIGTERM
+            raise typer.Abort from None
     if not learnt:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ async def run_demo(
     model: str, slo: SLO, state_dir: Path, *, rate: float, max_tokens: int, epochs: int, time_limit: float, threads: int | None
 ) -> bool:
     """Run it all; True if every taught fact came back. RuntimeError if the server or the job fails, or time is up."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # the server must not outlive the demo
     console = Console()
     state = DemoState(slo)
     try:
