@@ -10,7 +10,8 @@ Times are seconds on the caller's clock. Row ranges are half open, `[start, end)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence as SequenceOf
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
