@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from flexllm.config import FinetuneConfig, LoraConfig
 from flexllm.core import JobStatus
+from flexllm.engine import Engine
 from flexllm.model import default_model
 from tests.oracle.engines import (
     Run,
@@ -27,8 +30,9 @@ from tests.oracle.engines import (
 from tests.oracle.texts import LESSONS
 
 LORA = LoraConfig(r=8, lora_alpha=16)
-CONFIG = FinetuneConfig(learning_rate=2e-4, num_epochs=6, batch_size=2, lr_schedule="cosine", warmup_ratio=0.1, seed=3)
+CONFIG = FinetuneConfig(num_epochs=6, batch_size=2, lr_schedule="cosine", warmup_ratio=0.1, seed=3)
 STEPS = 30
+LOGIT_TOLERANCE = 1e-3
 
 
 def lessons() -> list[Text]:
@@ -40,32 +44,35 @@ def lessons() -> list[Text]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("dtype", "tolerance", "logit_tolerance"), [("float32", 1e-3, 1e-3), ("bfloat16", 2e-2, None)])
-def test_thirty_steps(dtype: str, tolerance: float, logit_tolerance: float | None, tmp_path: Path) -> None:
-    texts = lessons()
+@pytest.mark.parametrize(("dtype", "learning_rate", "tolerance"), [("float32", 1e-3, 1e-3), ("bfloat16", 1e-4, 2e-2)])
+def test_thirty_steps(dtype: str, learning_rate: float, tolerance: float, tmp_path: Path) -> None:
+    """At 1e-3 a difference grows from step to step: fine for finding one in fp32, too much for rounding in bf16."""
+    texts, config = lessons(), dataclasses.replace(CONFIG, learning_rate=learning_rate)
     hf = default_hf_model(getattr(torch, dtype))
     start = random_adapter(hf, tmp_path / "start", LORA, seed=0, spread=0.01)
     twin = with_adapter(hf, start, trainable=True)
-    curve = train_oracle(twin, texts, CONFIG)
+    curve = train_oracle(twin, texts, config)
     assert len(curve.losses) == STEPS
-    assert sum(curve.losses[-5:]) < 0.9 * sum(curve.losses[:5]), "an epoch at the end against one at the start"
+    assert sum(curve.losses[-5:]) < 0.95 * sum(curve.losses[:5]), "the last epoch against the first"
 
     run = Run(open_engine(None, dtype), check=False)
-    spec = job_spec("job", tmp_path, texts, CONFIG, LORA, init_adapter=str(start))
+    spec = job_spec("job", tmp_path, texts, config, LORA, init_adapter=str(start))
     run.engine.add_job(spec)
     run.finish()
     assert run.status("job") is JobStatus.SUCCEEDED
     assert run.losses("job") == pytest.approx(curve.losses, abs=tolerance)
     assert [e.learning_rate for e in run.of("job")] == pytest.approx(curve.rates, rel=1e-9)
     assert_idle(run.engine)
-    if logit_tolerance is None:
-        return
-    ids = texts[0][0]
-    twin.save_pretrained(tmp_path / "theirs")
-    run.engine.register_adapter("theirs", tmp_path / "theirs")
-    assert float((engine_logits(run.engine, ids, "theirs") - oracle_logits(twin, ids)).abs().max()) <= logit_tolerance
-    ours = f"{spec.output_dir}/checkpoint-{STEPS}"
-    run.engine.register_adapter("ours", ours)
+    if dtype == "float32":
+        assert_adapters_travel(run.engine, twin, f"{spec.output_dir}/checkpoint-{STEPS}", texts[0][0], tmp_path / "theirs")
+
+
+def assert_adapters_travel(engine: Engine, twin: peft.PeftModel, ours: str, ids: list[int], theirs: Path) -> None:
+    """The twin's adapter gives its logits here, and ours gives the engine's logits in PEFT: fp32, logits around 20."""
+    twin.save_pretrained(str(theirs))
+    engine.register_adapter("theirs", theirs)
+    assert float((engine_logits(engine, ids, "theirs") - oracle_logits(twin, ids)).abs().max()) <= LOGIT_TOLERANCE
+    engine.register_adapter("ours", ours)
     twin.load_adapter(ours, "ours")
     twin.set_adapter("ours")
-    assert float((engine_logits(run.engine, ids, "ours") - oracle_logits(twin, ids)).abs().max()) <= logit_tolerance
+    assert float((engine_logits(engine, ids, "ours") - oracle_logits(twin, ids)).abs().max()) <= LOGIT_TOLERANCE
