@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.setup-done
 # Two workers with one thread each: a tiny model gains nothing from more threads (tests/conftest.py).
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 
 .PHONY: setup demo test lint bench
 .DEFAULT_GOAL := setup

@@ -25,3 +25,8 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama (tests/tiny.py)."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: with several workers the last one to finish is then a short one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
