@@ -47,6 +47,16 @@ def api_key() -> str | None:
     return os.environ.get("FLEXLLM_API_KEY") or None
 
 
+def shorten_spinning() -> None:
+    """Let idle OpenMP threads sleep after some 50 µs. Call before torch is loaded; child processes inherit it.
+
+    They would spin for milliseconds, which on a machine that does anything else keeps off the core the very thread they
+    wait for: with four busy neighbours on two cores a decode step takes ten times as long (docs/log.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def wait_passively() -> None:
     """Let OpenMP threads sleep at barriers instead of spinning; to be called before torch is loaded.
 

@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from flexllm import __version__
+from flexllm import config as settings
 from flexllm.cli import chat, compile, demo, finetune, generate, profile, serve
 from flexllm.config import wait_passively
 
@@ -57,6 +58,7 @@ def run(args: Sequence[str] | None = None) -> int:
     wait_passively()
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv[:1]
+    settings.shorten_spinning()
     try:
         status = app(args=argv, prog_name="flexllm", standalone_mode=False)
         return status if isinstance(status, int) else 0
