@@ -64,7 +64,7 @@ def both_curves(folder: Path, config: FinetuneConfig, dtype: torch.dtype) -> tup
     for name, p in twin.named_parameters():
         if p.requires_grad:
             mine = got.pop(name.replace(".default", ""))
-            errors[name] = float((mine - p).abs().max() / (p - before[name]).abs().max())
+            errors[name] = float((mine - p.detach()).abs().max() / (p.detach() - before[name]).abs().max())
     assert not got, "tensors that PEFT does not have"
     return run, curve, errors
 
