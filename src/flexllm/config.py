@@ -48,22 +48,13 @@ def api_key() -> str | None:
 
 
 def shorten_spinning() -> None:
-    """Let idle OpenMP threads sleep after some 50 µs. Call before torch is loaded; child processes inherit it.
+    """Let idle OpenMP threads sleep after a short spin. Call before torch is loaded; child processes inherit it.
 
-    They would spin for milliseconds, which on a machine that does anything else keeps off the core the very thread they
-    wait for: with four busy neighbours on two cores a decode step takes ten times as long (docs/log.md).
+    They would spin for milliseconds, which on a machine that does anything else (the HTTP process is enough) keeps off the
+    core the very thread they wait for. Sleeping at once costs more than it saves on a quiet one (docs/log.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def wait_passively() -> None:
-    """Let OpenMP threads sleep at barriers instead of spinning; to be called before torch is loaded.
-
-    The engine shares its cores with the HTTP process (and whoever else is there). With spinning threads each of the
-    thousands of barriers of an iteration can then cost a time slice. A user's own OMP_WAIT_POLICY stands.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 @dataclass(frozen=True)

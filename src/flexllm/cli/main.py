@@ -12,7 +12,6 @@ from typer.exceptions import TyperException
 from flexllm import __version__
 from flexllm import config as settings
 from flexllm.cli import chat, compile, demo, finetune, generate, profile, serve
-from flexllm.config import wait_passively
 
 USAGE_ERROR = 2  # also of errors in the user's files and values
 INTERRUPTED = 130
@@ -55,7 +54,6 @@ def flexllm(
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. What a user can put right is one line on stderr and status 2."""
-    wait_passively()
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv[:1]
     settings.shorten_spinning()

@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from flexllm.config import EngineConfig, wait_passively
+from flexllm.config import EngineConfig, shorten_spinning
 from flexllm.core import JobEvent, SamplingParams, TokenOutput
 from flexllm.server import protocol
 from flexllm.server.engine_process import EngineFactory, build_engine, run_engine
@@ -220,7 +220,7 @@ class EngineClient:
                 socket.set_hwm(0)
                 socket.bind(address)
                 self._socket = socket
-                wait_passively()  # the child inherits it
+                shorten_spinning()  # the child inherits it
                 self._process = multiprocessing.get_context("spawn").Process(
                     target=run_engine, args=(self._config, address, os.getpid(), self._build), name="flexllm-engine"
                 )
