@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flexllm.ops import cpu_attention
+from flexllm.ops import cpu_attention, cpu_native
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
@@ -58,35 +59,50 @@ class CpuKernels(ReferenceKernels):
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
         return linear(x, w)
 
-    # ------------------------------------------------------------------------------------------------ normalisation
+    # ------------------------------------------------------------------------------- bf16: one pass over memory each
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        xf = x.to(compute_dtype(x.dtype), copy=True)
-        return xf.mul_(_inverse_rms(xf, eps)).to(x.dtype).mul_(weight)
+        if not _native(x):
+            return super().rms_norm(x, weight, eps)
+        return cpu_native.rms_norm(x, weight, eps)
 
     def rms_norm_dx(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        xf = x.to(dtype)
-        r = _inverse_rms(xf, eps)
-        dx = dy.to(dtype, copy=True).mul_(weight.to(dtype))  # g dy
-        mean = torch.linalg.vecdot(dx, xf).unsqueeze(-1).mul_(r).mul_(r).div_(-x.shape[-1])  # -r mean(g dy xh)
-        return torch.addcmul(dx, xf, mean, out=dx).mul_(r).to(x.dtype)
+        if not _native(x):
+            return super().rms_norm_dx(dy, x, weight, eps)
+        return cpu_native.rms_norm_dx(dy, x, weight, eps)
 
-    # -------------------------------------------------------------------------------------------------- elementwise
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return _rotate(x, cos, sin, slice(sin.shape[-1] // 2))
+        if not _native(x):
+            return super().rope(x, cos, sin)
+        return cpu_native.rope(x, cos, sin, back=False)
 
     def rope_transpose(self, dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return _rotate(dy, cos, sin, slice(sin.shape[-1] // 2, None))
+        if not _native(dy):
+            return super().rope_transpose(dy, cos, sin)
+        return cpu_native.rope(dy, cos, sin, back=True)
 
     def swiglu(self, g: Tensor, u: Tensor) -> Tensor:
-        return silu(g).mul_(u)
+        if not _native(g):
+            return silu(g).mul_(u)
+        return cpu_native.swiglu(g, u)
 
     def swiglu_backward(self, dm: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten.silu_backward(dm * u, g), silu(g).mul_(dm)
+        if not _native(g):
+            return super().swiglu_backward(dm, g, u)
+        return cpu_native.swiglu_backward(dm, g, u)
+
+    def concat(self, *parts: Tensor) -> Tensor:
+        whole = parts[0]._base
+        if whole is not None and all(p._base is whole for p in parts):  # the halves that swiglu_backward made?
+            starts = [0, *accumulate(p.shape[-1] for p in parts)]
+            if starts.pop() == whole.shape[-1] and starts == [p.storage_offset() for p in parts]:
+                return whole
+        return super().concat(*parts)
 
     # ---------------------------------------------------------------------------------------------------- attention
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-        return cpu_attention.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
+        if not _native(q):
+            return super().decode_attention(q, k_cache, v_cache, slots, lengths, scale)
+        return cpu_native.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
 
     def window_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return cpu_attention.window_attention(q, k, v, scale)
@@ -125,6 +141,10 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**30)
 
 
+def _native(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
 def _packable(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
@@ -137,20 +157,6 @@ def _pack(weight: Tensor) -> Tensor:
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, negative: slice) -> Tensor:
-    """x cos + roll(x) sin with sin's columns `negative` negated: a head rolled by half of itself is rotate_half but for signs."""
-    rows, hd = cos.shape
-    signed = sin.clone()
-    signed[:, negative].neg_()
-    heads = x.view(rows, x.shape[1] // hd, hd)
-    return torch.mul(heads, cos.unsqueeze(1)).addcmul_(heads.roll(hd // 2, -1), signed.unsqueeze(1)).view(x.shape)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """[..., d] -> rsqrt(mean(x^2) + eps) [..., 1]."""
-    return torch.linalg.vector_norm(x, 2, -1, True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _softmax_minus_label_(z: Tensor, labels: Tensor) -> tuple[float, int]:

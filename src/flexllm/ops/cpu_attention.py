@@ -17,28 +17,8 @@ from torch.nn.functional import pad
 
 from flexllm.ops.reference import compute_dtype
 
-UNEVEN_SLOTS = 4096  # B*C from which padding is worth a look
 TILE_ROWS = 128
 TILE_SCORES = 2**20  # elements of one tile's score matrix, all heads
-
-
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """See ReferenceKernels.decode_attention. Scores are rounded to the model's type."""
-    (batch, heads, hd), kv_heads, context = q.shape, k_cache.shape[1], slots.shape[1]
-    if batch > 1 and slots.numel() > UNEVEN_SLOTS and 2 * int(lengths.sum()) < slots.numel():  # mostly padding: short and long apart
-        o = torch.empty_like(q)
-        for part in lengths.argsort().tensor_split(2):
-            longest = int(lengths[part[-1]])
-            o[part] = decode_attention(q[part], k_cache, v_cache, slots[part, :longest], lengths[part], scale)
-        return o
-    # Rows of the cache seen as [num_slots * K, hd]: one gather gives [B, K, C, hd] with every head's keys contiguous.
-    index = torch.add(torch.arange(kv_heads)[:, None], slots[:, None], alpha=kv_heads)
-    k = torch.embedding(k_cache.flatten(0, 1), index).flatten(0, 1)
-    v = torch.embedding(v_cache.flatten(0, 1), index).flatten(0, 1)
-    scores = torch.bmm((q * scale).reshape(batch * kv_heads, -1, hd), k.transpose(1, 2))  # [B*K, G, C]
-    dead = torch.arange(context) >= lengths[:, None]
-    scores.view(batch, heads, context).masked_fill_(dead[:, None], -math.inf)
-    return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, hd)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
