@@ -184,7 +184,7 @@ def test_decode_attention(dtype: torch.dtype, batch: int, context: int, heads: i
 
 @DTYPES
 def test_decode_attention_of_uneven_contexts(dtype: torch.dtype) -> None:
-    """One long request among short ones: most slots are padding, and the batch is run in parts."""
+    """One long request among short ones: most slots are padding."""
     q, (k, v) = rand(9, 6, 16, dtype=dtype), rand(2, 500, 2, 16, dtype=dtype, seed=1)
     slots = torch.randint(0, 500, (9, 1500), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([3, 70, 1, 1500, 40, 41, 5, 700, 2])

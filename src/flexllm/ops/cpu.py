@@ -1,7 +1,6 @@
 """CPU kernels: what gains on a CPU over reference.py, each tested equal to it.
 
-Torch operators only, so that a machine without a compiler runs them: oneDNN with prepacked weights for the GEMMs, few and
-in-place passes for the rest.
+oneDNN with prepacked weights for the GEMMs; cpu_native.py, compiled on the machine, for what torch does in many passes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flexllm.ops import cpu_attention, cpu_native
+from flexllm.ops import cpu_native
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
@@ -105,12 +104,16 @@ class CpuKernels(ReferenceKernels):
         return cpu_native.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
 
     def window_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return cpu_attention.window_attention(q, k, v, scale)
+        if q.dtype == torch.float64:
+            return super().window_attention(q, k, v, scale)
+        return cpu_native.window_attention(q, k, v, scale)
 
     def window_attention_backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return cpu_attention.window_attention_backward(do, q, k, v, o, lse, scale)
+        if q.dtype == torch.float64:
+            return super().window_attention_backward(do, q, k, v, o, lse, scale)
+        return cpu_native.window_attention_backward(do, q, k, v, lse, scale)
 
     # --------------------------------------------------------------------------------------------------------- loss
     def cross_entropy_head(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -97,28 +98,28 @@ def _matrix(x: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- from the kernels
 @intrinsic
-def _next(typingctx, a):  # type: ignore[no-untyped-def]
+def _next(typingctx, a):
     """The next task of the team's."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.CPointer(types.int64)), codegen
 
 
 @intrinsic
-def _pointer(typingctx, address, like):  # type: ignore[no-untyped-def]
+def _pointer(typingctx, address, like):
     """An address as a pointer to values of `like`'s type."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(types.int64, like), codegen
 
 
-def _bitcast(source, target, llvm):  # type: ignore[no-untyped-def]
+def _bitcast(source, target, llvm):
     @intrinsic
-    def cast(typingctx, value):  # type: ignore[no-untyped-def]
+    def cast(typingctx, value):
         return target(source), lambda context, builder, signature, args: builder.bitcast(args[0], llvm)
 
     return cast
@@ -130,35 +131,35 @@ _as_float64 = _bitcast(types.int64, types.float64, ir.DoubleType())
 
 
 @_inline
-def _bf16(address, shape):  # type: ignore[no-untyped-def]
+def _bf16(address, shape):
     return carray(_pointer(address, np.uint16(0)), shape)
 
 
 @_inline
-def _f32(address, shape):  # type: ignore[no-untyped-def]
+def _f32(address, shape):
     return carray(_pointer(address, np.float32(0)), shape)
 
 
 @_inline
-def _i64(address, shape):  # type: ignore[no-untyped-def]
+def _i64(address, shape):
     return carray(_pointer(address, np.int64(0)), shape)
 
 
 @_inline
-def _up(h):  # type: ignore[no-untyped-def]
+def _up(h):
     """bf16 -> fp32."""
     return _as_float32(np.uint32(h) << np.uint32(16))
 
 
 @_inline
-def _down(f):  # type: ignore[no-untyped-def]
+def _down(f):
     """fp32 -> bf16, to nearest even. (A NaN whose payload is all in its low half is not one that arithmetic makes.)"""
     u = _as_uint32(f)
     return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @_inline
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     """e^x in fp32 to 2 ulp, 0 below -87, in operations that vectorize: 2^n times a polynomial on [-ln2/2, ln2/2]."""
     y = min(max(x, np.float32(-87.3)), np.float32(88.3))
     n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
@@ -174,6 +175,33 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return p * e if x > np.float32(-87.3) or x != x else np.float32(0)
 
 
+@_inline
+def _whole(n, unit):
+    return (n + unit - 1) // unit * unit
+
+
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _largest(p, n):
+    """The largest of p[:n]; where one is a NaN any of them (the sum of exponentials is a NaN then, and all that follows)."""
+    top = np.float32(-np.inf)
+    for c in range(n):
+        top = max(top, p[c])
+    return top
+
+
+@_inline
+def _softmax(p, n):
+    """p[:n] becomes its softmax; returns its logsumexp."""
+    top, total = _largest(p, n), np.float32(0)
+    for c in range(n):
+        p[c] = _exp(p[c] - top)
+        total += p[c]
+    inverse = np.float32(1) / total
+    for c in range(n):
+        p[c] *= inverse
+    return top + np.log(total)
+
+
 # ------------------------------------------------------------------------------------------------------------ row by row
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -184,7 +212,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @Kernel
-def _rms_norm(a):  # type: ignore[no-untyped-def]
+def _rms_norm(a):
     step, rows, d, stride = a[2], a[3], a[4], a[5]
     eps, weight, y = np.float32(_as_float64(a[6])), _bf16(a[8], d), _bf16(a[9], (rows, d))
     task = _next(a)
@@ -211,7 +239,7 @@ def rms_norm_dx(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @Kernel
-def _rms_norm_dx(a):  # type: ignore[no-untyped-def]
+def _rms_norm_dx(a):
     step, rows, d = a[2], a[3], a[4]
     eps, weight, result = np.float32(_as_float64(a[7])), _bf16(a[10], d), _bf16(a[11], (rows, d))
     task = _next(a)
@@ -240,7 +268,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 @Kernel
-def _rope(a):  # type: ignore[no-untyped-def]
+def _rope(a):
     step, rows, width, stride, hd = a[2], a[3], a[4], a[5], a[6]
     sign, half = np.float32(_as_float64(a[7])), hd // 2
     cosines, sines, y = _bf16(a[9], (rows, hd)), _bf16(a[10], (rows, hd)), _bf16(a[11], (rows, width))
@@ -265,7 +293,7 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
 
 
 @Kernel
-def _swiglu(a):  # type: ignore[no-untyped-def]
+def _swiglu(a):
     step, rows, width = a[2], a[3], a[4]
     y = _bf16(a[9], (rows, width))
     task = _next(a)
@@ -289,7 +317,7 @@ def swiglu_backward(dm: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @Kernel
-def _swiglu_backward(a):  # type: ignore[no-untyped-def]
+def _swiglu_backward(a):
     step, rows, width = a[2], a[3], a[4]
     both = _bf16(a[11], (rows, 2, width))
     task = _next(a)
@@ -310,18 +338,23 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     """See ReferenceKernels.decode_attention. Reads the pages where they are; a task is one KV head of one request."""
     (batch, heads, hd), (num_slots, kv_heads, _) = q.shape, k_cache.shape
     q, context = q.contiguous(), slots.stride(0)
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and slots.stride(1) == 1 and slots.shape[0] == batch
+    assert k_cache.is_contiguous(), k_cache.stride()
+    assert v_cache.is_contiguous(), v_cache.stride()
+    assert slots.stride(1) == 1, slots.stride()
     o = torch.empty_like(q)
     group = heads // kv_heads
     tasks = batch * kv_heads
     scores = torch.empty(tasks, group, context)
     nbytes = 4 * tasks * context * hd  # K and V
-    _decode_attention(tasks, nbytes, batch, kv_heads, group, hd, context, num_slots, scale, q, k_cache, v_cache, slots, lengths, scores, o)  # fmt: skip
+    _decode_attention(
+        tasks, nbytes, batch, kv_heads, group, hd, context, num_slots, scale,
+        q, k_cache, v_cache, slots, lengths, scores, o,
+    )  # fmt: skip
     return o
 
 
 @Kernel
-def _decode_attention(a):  # type: ignore[no-untyped-def]
+def _decode_attention(a):
     hd = a[5]
     if hd == 64:  # constants, so that the loops over a head unroll
         _decode_heads(a, 64)
@@ -332,7 +365,7 @@ def _decode_attention(a):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _decode_heads(a, hd):  # type: ignore[no-untyped-def]
+def _decode_heads(a, hd):
     batch, kv_heads, group, context, num_slots = a[2], a[3], a[4], a[6], a[7]
     scale, tasks = np.float32(_as_float64(a[8])), a[1]
     queries, o = _bf16(a[9], (tasks, group, hd)), _bf16(a[15], (tasks, group, hd))
@@ -358,15 +391,7 @@ def _decode_heads(a, hd):  # type: ignore[no-untyped-def]
                     s += q[h, i] * row[i]
                 scratch[task, h, c] = s
         for h in range(group):
-            p = scratch[task, h]
-            top, total = np.float32(-np.inf), np.float32(0)
-            for c in range(n):
-                top = max(top, p[c])
-            for c in range(n):
-                p[c] = _exp(p[c] - top)
-                total += p[c]
-            for c in range(n):
-                p[c] /= total
+            _softmax(scratch[task, h], n)
         for c in range(n):
             v = values[seen[c], head]
             for i in range(hd):
@@ -378,4 +403,204 @@ def _decode_heads(a, hd):  # type: ignore[no-untyped-def]
         for h in range(group):
             for i in range(hd):
                 o[task, h, i] = _down(sums[h, i])
+        task = _next(a)
+
+
+TILE = 32  # query rows of a task
+LANES = 16  # fp32 numbers of a vector
+ROWS, VECTORS = 4, 4  # a block of a product that stays in registers: 4 rows of 4 vectors
+PANEL = VECTORS * LANES
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See ReferenceKernels.window_attention; any type up to fp32. Products are fp32, exact to the diagonal but for half a block."""
+    (s, heads, hd), (b, kv_heads, _) = q.shape, k.shape
+    keys, values = _panels(k), _rows(v)
+    queries = _rows(q * scale if q.dtype == torch.float32 else q.float().mul_(scale))
+    o, lse = torch.empty(s, heads, hd), torch.empty(s, heads)
+    tiles = -(-s // TILE)
+    _window_attention(tiles * heads, 4 * keys.nbytes, s, b, heads, kv_heads, hd, *values.shape[1:], queries, keys, values, o, lse)
+    return o.to(q.dtype), lse
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n, H, hd] -> fp32 [H, n, hd] with hd padded to whole vectors and n to whole panels by zeros."""
+    n, heads, hd = x.shape
+    y = torch.zeros(heads, -(-n // PANEL) * PANEL, -(-hd // LANES) * LANES)
+    y[:, :n, :hd] = x.transpose(0, 1)
+    return y
+
+
+def _panels(x: Tensor) -> Tensor:
+    """[n, H, hd] -> fp32 [H, n / PANEL, hd, PANEL], padded as by _rows: x^T in panels that are contiguous, as the cache likes them."""
+    y = _rows(x)
+    return y.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous()
+
+
+def _block(count):
+    """c [ROWS, count * LANES] (+)= a [ROWS, steps] b [steps, count * LANES], accumulated in registers.
+
+    a, b, c: addresses of fp32 numbers; a_row .. c_row: strides in numbers (a's steps are a_step apart); add: into c, or c anew.
+    """
+    i64, i32, vector = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+    undefined, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
+    cells = [(r, v) for r in range(ROWS) for v in range(count)]
+
+    def number(n):
+        return ir.Constant(i64, n)
+
+    def codegen(context, builder, signature, args):
+        a, a_row, a_step, b, b_row, c, c_row, steps, add = args
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32")
+
+        def at(base, row, row_stride, column, kind):
+            offset = builder.add(builder.mul(row, row_stride), column)
+            return builder.inttoptr(builder.add(base, builder.mul(offset, number(4))), kind.as_pointer())
+
+        where = {(r, v): at(c, number(r), c_row, number(v * LANES), vector) for r, v in cells}
+        before, loop, done = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("done")
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        step, sums = builder.phi(i64), {cell: builder.phi(vector) for cell in cells}
+        row = [builder.load(at(b, step, b_row, number(v * LANES), vector), align=4) for v in range(count)]
+        total = {}
+        for r in range(ROWS):
+            value = builder.load(at(a, step, a_step, builder.mul(number(r), a_row), ir.FloatType()))
+            spread = builder.shuffle_vector(builder.insert_element(undefined, value, ir.Constant(i32, 0)), undefined, first)
+            for v in range(count):
+                total[r, v] = builder.call(fma, [spread, row[v], sums[r, v]])
+        following = builder.add(step, number(1))
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
+        step.add_incoming(number(0), before)
+        step.add_incoming(following, loop)
+        for cell in cells:
+            sums[cell].add_incoming(ir.Constant(vector, [0.0] * LANES), before)
+            sums[cell].add_incoming(total[cell], loop)
+
+        builder.position_at_end(done)
+        with builder.if_else(builder.icmp_signed("!=", add, number(0))) as (into, anew):
+            with into:
+                for cell in cells:
+                    builder.store(builder.fadd(builder.load(where[cell], align=4), total[cell]), where[cell], align=4)
+            with anew:
+                for cell in cells:
+                    builder.store(total[cell], where[cell], align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def block(typingctx, a, a_row, a_step, b, b_row, c, c_row, steps, add):
+        return types.void(*(types.int64,) * 9), codegen
+
+    return block
+
+
+_wide_block, _narrow_block = _block(VECTORS), _block(1)
+
+
+@njit(**_FAST)
+def _product(a, a_row, a_step, b, b_row, b_panel, c, c_row, rows, steps, columns, add):
+    """c [rows, columns] (+)= a [rows, steps] b [steps, columns]; rows in whole ROWS, columns in whole LANES.
+
+    Strides in numbers; b's panels of PANEL columns are b_panel apart.
+    """
+    for panel in range(columns // PANEL):
+        for i in range(0, rows, ROWS):
+            at = c + 4 * (i * c_row + panel * PANEL)
+            _wide_block(a + 4 * i * a_row, a_row, a_step, b + 4 * panel * b_panel, b_row, at, c_row, steps, add)
+    last = columns // PANEL
+    for j in range(0, columns - last * PANEL, LANES):
+        for i in range(0, rows, ROWS):
+            at = c + 4 * (i * c_row + last * PANEL + j)
+            _narrow_block(a + 4 * i * a_row, a_row, a_step, b + 4 * (last * b_panel + j), b_row, at, c_row, steps, add)
+
+
+@Kernel
+def _window_attention(a):
+    s, b, heads, kv_heads, hd, columns, width = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    group = heads // kv_heads
+    padded = _whole(s, PANEL)
+    o, lse = _f32(a[12], (s, heads, hd)), _f32(a[13], (s, heads))
+    pitch = columns + LANES  # not a power of two: rows in different cache sets
+    scores, sums = np.empty((TILE, pitch), np.float32), np.empty((TILE, width), np.float32)
+    p_at, sums_at = scores.ctypes.data, sums.ctypes.data
+    task = _next(a)
+    while task < a[1]:
+        head, first = task % heads, (a[1] // heads - 1 - task // heads) * TILE  # long tiles first
+        rows = min(TILE, s - first)
+        whole = _whole(rows, ROWS)
+        n = b - s + first + rows
+        q_at = a[9] + 4 * (head * padded + first) * width
+        k_at, v_at = a[10] + 4 * (head // group) * width * columns, a[11] + 4 * (head // group) * width * columns
+        _product(q_at, width, 1, k_at, PANEL, width * PANEL, p_at, pitch, whole, width, _whole(n, PANEL), 0)
+        for r in range(whole):
+            p = scores[r]
+            for c in range(b - s + first + r + 1, _whole(n, PANEL)):
+                p[c] = np.float32(-np.inf)
+            logsumexp = _softmax(p, _whole(n, PANEL))
+            if r < rows:
+                lse[first + r, head] = logsumexp
+        _product(p_at, pitch, 1, v_at, width, PANEL, sums_at, width, whole, n, width, 0)
+        for r in range(rows):
+            for i in range(hd):
+                o[first + r, head, i] = sums[r, i]
+        task = _next(a)
+
+
+def window_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See ReferenceKernels.window_attention_backward (algorithms.md 2.1); delta = sum(P dP), which needs no output."""
+    (s, heads, hd), (b, kv_heads, _) = q.shape, k.shape
+    queries = _rows(q * scale if q.dtype == torch.float32 else q.float().mul_(scale))
+    key_rows = _rows(k)
+    keys, values = key_rows.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous(), _panels(v)
+    columns, width = key_rows.shape[1:]
+    teams = torch.get_num_threads()
+    dq, dkv = torch.empty(s, heads, hd), torch.zeros(teams, 2, kv_heads, columns, width)
+    tiles, member = -(-s // TILE), torch.zeros(1, dtype=torch.int64)
+    _window_attention_backward(
+        tiles * heads, 10 * keys.nbytes, s, b, heads, kv_heads, hd, columns, width, scale,
+        queries, keys, key_rows, values, _rows(do), lse.contiguous(), dq, dkv, member,
+    )  # fmt: skip
+    dk, dv = (dkv.sum(0) if teams > 1 else dkv[0])[:, :, :b, :hd].transpose(1, 2)
+    return dq.to(q.dtype), dk, dv
+
+
+@Kernel
+def _window_attention_backward(a):
+    s, b, heads, kv_heads, hd, columns, width, scale = a[2], a[3], a[4], a[5], a[6], a[7], a[8], np.float32(_as_float64(a[9]))
+    group, padded, pitch = heads // kv_heads, _whole(s, PANEL), columns + LANES
+    lse, dq = _f32(a[15], (s, heads)), _f32(a[16], (s, heads, hd))
+    member = _next(_pointer(a[18], np.int64(0)))  # each thread sums dK and dV apart
+    head_bytes = 4 * columns * width
+    probabilities, gradients = np.empty((TILE, pitch), np.float32), np.empty((TILE, pitch), np.float32)
+    sums = np.empty((TILE, width), np.float32)
+    p_at, ds_at, sums_at = probabilities.ctypes.data, gradients.ctypes.data, sums.ctypes.data
+    task = _next(a)
+    while task < a[1]:
+        head, first = task % heads, (a[1] // heads - 1 - task // heads) * TILE  # long tiles first
+        rows, kv = min(TILE, s - first), head // group
+        whole, n = _whole(rows, ROWS), b - s + first + rows
+        wide = _whole(n, PANEL)
+        q_at, do_at = a[10] + 4 * (head * padded + first) * width, a[14] + 4 * (head * padded + first) * width
+        dk_at = a[17] + (member * 2 * kv_heads + kv) * head_bytes
+        dv_at = dk_at + kv_heads * head_bytes
+        _product(q_at, width, 1, a[11] + kv * head_bytes, PANEL, width * PANEL, p_at, pitch, whole, width, wide, 0)  # S
+        _product(do_at, width, 1, a[13] + kv * head_bytes, PANEL, width * PANEL, ds_at, pitch, whole, width, wide, 0)  # dP
+        for r in range(whole):
+            p, ds = probabilities[r], gradients[r]
+            seen = b - s + first + r + 1 if r < rows else 0
+            for c in range(seen, wide):
+                p[c] = np.float32(-np.inf)
+            norm, delta = lse[first + r, head] if r < rows else np.float32(0), np.float32(0)
+            for c in range(wide):
+                p[c] = _exp(p[c] - norm)
+                delta += p[c] * ds[c]
+            for c in range(wide):
+                ds[c] = p[c] * (ds[c] - delta)
+        _product(ds_at, pitch, 1, a[12] + kv * head_bytes, width, PANEL, sums_at, width, whole, n, width, 0)  # dQ = dS K
+        _product(ds_at, 1, pitch, q_at, width, PANEL, dk_at, width, _whole(n, ROWS), whole, width, 1)  # dK += dS^T Q
+        _product(p_at, 1, pitch, do_at, width, PANEL, dv_at, width, _whole(n, ROWS), whole, width, 1)  # dV += P^T dO
+        for r in range(rows):
+            for i in range(hd):
+                dq[first + r, head, i] = sums[r, i] * scale
         task = _next(a)
