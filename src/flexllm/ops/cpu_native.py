@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+AHEAD = 8  # positions whose K and V are asked for before they are read: pages are scattered, and the hardware does not guess them
 SERIAL_BYTES = 2**15  # below this, waking the other threads costs more than they bring
 
 # Sums may be reordered and fused (vectors of partial sums); NaN and infinity keep their meaning.
@@ -128,6 +129,20 @@ def _bitcast(source, target, llvm):
 _as_float32 = _bitcast(types.uint32, types.float32, ir.FloatType())
 _as_uint32 = _bitcast(types.float32, types.uint32, ir.IntType(32))
 _as_float64 = _bitcast(types.int64, types.float64, ir.DoubleType())
+
+
+@intrinsic
+def _prefetch(typingctx, address):
+    """Ask for the cache line at an address, which need not be a valid one."""
+
+    def codegen(context, builder, signature, args):
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [builder.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @_inline
@@ -335,19 +350,18 @@ def _swiglu_backward(a):
 
 # ------------------------------------------------------------------------------------------------------------- attention
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """See ReferenceKernels.decode_attention. Reads the pages where they are; a task is one KV head of one request."""
+    """See ReferenceKernels.decode_attention. Reads the pages where they are; a task is a request, or a KV head of one."""
     (batch, heads, hd), (num_slots, kv_heads, _) = q.shape, k_cache.shape
     q, context = q.contiguous(), slots.stride(0)
     assert k_cache.is_contiguous(), k_cache.stride()
     assert v_cache.is_contiguous(), v_cache.stride()
     assert slots.stride(1) == 1, slots.stride()
     o = torch.empty_like(q)
-    group = heads // kv_heads
-    tasks = batch * kv_heads
-    scores = torch.empty(tasks, group, context)
-    nbytes = 4 * tasks * context * hd  # K and V
+    scores = torch.empty(batch, heads, context)
+    parts = kv_heads if batch < 2 * torch.get_num_threads() else 1  # whole requests read their pages in one stream
+    nbytes = 4 * batch * context * kv_heads * hd  # K and V
     _decode_attention(
-        tasks, nbytes, batch, kv_heads, group, hd, context, num_slots, scale,
+        batch * parts, nbytes, batch, kv_heads, heads // kv_heads, hd, context, num_slots, scale,
         q, k_cache, v_cache, slots, lengths, scores, o,
     )  # fmt: skip
     return o
@@ -368,41 +382,55 @@ def _decode_attention(a):
 def _decode_heads(a, hd):
     batch, kv_heads, group, context, num_slots = a[2], a[3], a[4], a[6], a[7]
     scale, tasks = np.float32(_as_float64(a[8])), a[1]
-    queries, o = _bf16(a[9], (tasks, group, hd)), _bf16(a[15], (tasks, group, hd))
+    heads, parts = kv_heads * group, tasks // batch
+    own = kv_heads // parts  # KV heads of a task
+    queries, o = _bf16(a[9], (batch, heads, hd)), _bf16(a[15], (batch, heads, hd))
     keys, values = _bf16(a[10], (num_slots, kv_heads, hd)), _bf16(a[11], (num_slots, kv_heads, hd))
-    slots, lengths, scratch = _i64(a[12], (batch, context)), _i64(a[13], batch), _f32(a[14], (tasks, group, context))
-    q, sums = np.empty((group, hd), np.float32), np.empty((group, hd), np.float32)
-    row = np.empty(hd, np.float32)
+    slots, lengths, scratch = _i64(a[12], (batch, context)), _i64(a[13], batch), _f32(a[14], (batch, heads, context))
+    q, sums = np.empty((heads, hd), np.float32), np.empty((heads, hd), np.float32)
+    row, other = np.empty(hd, np.float32), np.empty(hd, np.float32)
     task = _next(a)
     while task < tasks:
-        owner, head = task // kv_heads, task % kv_heads
-        n, seen = lengths[owner], slots[owner]
-        for h in range(group):
+        owner, first = task // parts, task % parts * own
+        n, seen, p = lengths[owner], slots[owner], scratch[owner]
+        for h in range(first * group, (first + own) * group):
             for i in range(hd):
-                q[h, i] = _up(queries[task, h, i]) * scale
+                q[h, i] = _up(queries[owner, h, i]) * scale
                 sums[h, i] = np.float32(0)
         for c in range(n):
-            k = keys[seen[c], head]
-            for i in range(hd):
-                row[i] = _up(k[i])
-            for h in range(group):
-                s = np.float32(0)
+            ahead = a[10] + 2 * (seen[min(c + AHEAD, n - 1)] * kv_heads + first) * hd
+            for line in range(0, 2 * own * hd, 64):
+                _prefetch(ahead + line)
+            for kv in range(first, first + own):
+                k = keys[seen[c], kv]
                 for i in range(hd):
-                    s += q[h, i] * row[i]
-                scratch[task, h, c] = s
-        for h in range(group):
-            _softmax(scratch[task, h], n)
-        for c in range(n):
-            v = values[seen[c], head]
-            for i in range(hd):
-                row[i] = _up(v[i])
-            for h in range(group):
-                w = scratch[task, h, c]
+                    row[i] = _up(k[i])
+                for h in range(kv * group, (kv + 1) * group):
+                    s = np.float32(0)
+                    for i in range(hd):
+                        s += q[h, i] * row[i]
+                    p[h, c] = s
+        for h in range(first * group, (first + own) * group):
+            _softmax(p[h], n)
+        for c in range(0, n - 1, 2):  # two positions at a time: half the traffic to the sums
+            for step in range(2):
+                ahead = a[11] + 2 * (seen[min(c + step + AHEAD, n - 1)] * kv_heads + first) * hd
+                for line in range(0, 2 * own * hd, 64):
+                    _prefetch(ahead + line)
+            for kv in range(first, first + own):
+                v, w = values[seen[c], kv], values[seen[c + 1], kv]
                 for i in range(hd):
-                    sums[h, i] += w * row[i]
-        for h in range(group):
-            for i in range(hd):
-                o[task, h, i] = _down(sums[h, i])
+                    row[i], other[i] = _up(v[i]), _up(w[i])
+                for h in range(kv * group, (kv + 1) * group):
+                    x, y = p[h, c], p[h, c + 1]
+                    for i in range(hd):
+                        sums[h, i] += x * row[i] + y * other[i]
+        for kv in range(first, first + own):
+            v = values[seen[n - 1], kv]
+            for h in range(kv * group, (kv + 1) * group):
+                x = p[h, n - 1] if n % 2 else np.float32(0)
+                for i in range(hd):
+                    o[owner, h, i] = _down(sums[h, i] + x * _up(v[i]))
         task = _next(a)
 
 
