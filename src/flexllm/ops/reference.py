@@ -82,7 +82,7 @@ class ReferenceKernels:
 
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Column views."""
-        return torch.split(x, list(sizes), dim=-1)
+        return x.split_with_sizes(sizes, -1)
 
     def concat(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, dim=-1)
