@@ -18,6 +18,7 @@ from flexllm.ops import cpu_native
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
+FEW_ROWS = 64  # up to here, what a call of oneDNN costs is more than a low-rank product itself
 SOFTMAX = 2**20  # of them at a time in fp32: these stay in cache
 
 
@@ -56,7 +57,14 @@ class CpuKernels(ReferenceKernels):
         return _packed_linear(dy, w.packed.backward, None)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
-        return linear(x, w)
+        if not _native(x) or x.shape[0] > FEW_ROWS:
+            return linear(x, w)
+        return cpu_native.matmul_nt(x, w)
+
+    def add_matmul_nn_(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        if not _native(y) or y.shape[0] > FEW_ROWS:
+            return super().add_matmul_nn_(y, x, w)
+        return cpu_native.add_matmul_nn_(y, x, w)
 
     # ------------------------------------------------------------------------------- bf16: one pass over memory each
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,7 @@ class HybridTokenScheduler:
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
     Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. An iteration
-    also never grows by more than `idle_slice` seconds of finetuning, because a request may arrive while it runs.
+    also never grows by more than `newcomer_wait` seconds of finetuning, because a request may arrive while it runs.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel, finetune_budget: ByteBudget) -> None:
@@ -129,12 +129,12 @@ class HybridTokenScheduler:
     def _slack(self, now: float, inference: tuple[InferenceChunk, ...]) -> float:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
-            return self.config.idle_slice
+            return self.config.newcomer_wait
         return self._requests.slack(now, inference) / (1 + self._margin)
 
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
-        budget = min(slack, self.latency.predict(features) + self.config.idle_slice) if inference else slack
+        budget = min(slack, self.latency.predict(features) + self.config.newcomer_wait) if inference else slack
         fill = SlackFill(self._jobs, self.latency, features, budget, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
         if turns:
