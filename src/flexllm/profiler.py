@@ -37,6 +37,9 @@ Sample = tuple[PlanFeatures, float]
 
 def take_profile(engine: Engine, progress: Callable[[str, float], None]) -> list[Sample]:
     """Time decode, prefill, window and backward plans at powers of two. Needs an idle engine; leaves no trace in it."""
+    progress("preparing kernels", 0.0)
+    for plans in (_decode_plans(engine, 1), _prefill_plans(engine, 8), _finetune_plans(engine, 8)):
+        list(plans)  # what is compiled or packed at its first use is not the machine's speed
     samples: list[Sample] = []
     began = time.perf_counter()
     sizes = _powers(engine.config.scheduler.max_window_rows)

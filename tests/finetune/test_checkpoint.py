@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flexllm.files import StorageError, atomic_folder
-from flexllm.finetune.checkpoint import BackgroundWriter, load_resume, prune_old, save_resume
+from flexllm.finetune.checkpoint import BackgroundWriter, load_resume, save_resume
 
 KILLED = 9
 
@@ -170,17 +170,6 @@ def test_a_failing_body_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    for step in (2, 10, 9, 100):
-        write_folder(tmp_path / f"checkpoint-{step}", step)
-    (tmp_path / "resume").mkdir()
-    assert [p.name for p in prune_old(tmp_path, keep=2)] == ["checkpoint-2", "checkpoint-9"]
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100", "resume"}
-    assert prune_old(tmp_path, keep=2) == []
-    with pytest.raises(ValueError, match="at least 1"):
-        prune_old(tmp_path, keep=0)
-
-
 # ----------------------------------------------------------------------------------------------------------------- writer
 def test_the_writer_works_in_order_without_blocking_and_reports_errors() -> None:
     writer, done, gate = BackgroundWriter(), [], threading.Event()
@@ -191,12 +180,11 @@ def test_the_writer_works_in_order_without_blocking_and_reports_errors() -> None
     writer.submit(lambda: (gate.wait(10), done.append(1))[1])
     writer.submit(fail)
     writer.submit(lambda: done.append(2))
-    assert writer.errors() == []
     assert done == []
     gate.set()
     assert [str(e) for e in writer.drain()] == ["disk full"]
     assert done == [1, 2]
-    assert writer.errors() == []
+    assert writer.drain() == []
     writer.submit(lambda: done.append(3))
     assert writer.close() == []
     assert done == [1, 2, 3]

@@ -85,6 +85,28 @@ def test_low_rank_products(dtype: torch.dtype, rows: int) -> None:
     check_same("scale_columns", dtype, u, 0.5)
 
 
+@DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 3, 30, 64, 65])
+@pytest.mark.parametrize(("rank", "out"), [(1, 40), (3, 1), (16, 200), (37, 64)])
+def test_low_rank_products_into_column_slices(dtype: torch.dtype, rows: int, rank: int, out: int) -> None:
+    whole, x = rand(rows, out + 9, dtype=dtype), rand(rows, 2 * rank, dtype=dtype, seed=1)[:, :rank]
+    w, before = rand(rank, out, dtype=dtype, seed=2), whole.clone()
+    CPU.add_matmul_nn_(whole[:, 4:-5], x, w)
+    assert error(whole[:, 4:-5], before[:, 4:-5].double() + x.double() @ w.double()) <= BOUND[dtype]
+    assert torch.equal(whole[:, :4], before[:, :4])
+    assert torch.equal(whole[:, -5:], before[:, -5:])
+    check_same("matmul_nt", dtype, before[:, 4:-5], w)
+
+
+@pytest.mark.parametrize("halves", [(0, 1), (1, 0)])
+def test_only_adjacent_halves_are_concatenated_without_a_copy(halves: tuple[int, int]) -> None:
+    g, u, dm = (rand(6, 8, dtype=torch.bfloat16, seed=i) for i in range(3))
+    parts = CPU.swiglu_backward(dm, g, u)
+    joined = CPU.concat(*(parts[i] for i in halves))
+    assert torch.equal(joined, torch.cat([parts[i] for i in halves], -1))
+    assert (joined is parts[0]._base) == (halves == (0, 1))
+
+
 # ------------------------------------------------------------------------------------------ normalisation, elementwise
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 5, 130])

@@ -121,14 +121,14 @@ def test_inverses_are_the_most_that_fits(budget):
     assert n == max([k for k in range(1, 501) if with_slice(k) <= budget + 1e-12], default=0)
 
 
-def test_a_profile_survives_on_disk(tmp_path):
+def test_a_profile_survives_on_disk_without_the_drift_of_the_day(tmp_path):
     model, rng = profiled(), random.Random(5)
     observe(model, rng, 100, slowdown=1.5)
     model.save(tmp_path / "profile.json")
     loaded = LatencyModel.load(tmp_path / "profile.json")
-    for _ in range(20):
-        plan = random_plan(rng)
-        assert loaded.predict(plan) == pytest.approx(model.predict(plan))
+    drifts = {round(model.predict(plan) / loaded.predict(plan), 9) for plan in (random_plan(rng) for _ in range(20)) if not plan.is_empty}
+    assert len(drifts) == 1
+    assert 1.2 < drifts.pop() < 1.8
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "coefficients": {"t0": 1}, "slopes": []}'])

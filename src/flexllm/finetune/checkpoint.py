@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ from torch import Tensor
 from flexllm.files import atomic_file
 
 _STATE_FILE = "state.safetensors"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def save_resume(folder: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -43,17 +40,6 @@ def load_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
         raise ValueError(f"{path}: the state of the job is damaged ({error})") from error
 
 
-def prune_old(folder: str | Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoint-<step> folders; returns what was deleted, oldest first."""
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    found = [(int(m[1]), p) for p in Path(folder).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
-    old = [path for _, path in sorted(found)[:-keep]]
-    for path in old:
-        shutil.rmtree(path)
-    return old
-
-
 class BackgroundWriter:
     """One thread that runs what is submitted, in order."""
 
@@ -65,14 +51,10 @@ class BackgroundWriter:
         """Run `write` after everything submitted before. What it closes over must not change meanwhile. Never blocks."""
         self._executor.submit(self._run, write)
 
-    def errors(self) -> list[Exception]:
-        """What the writes that have ended since the last call raised."""
-        return [self._errors.popleft() for _ in range(len(self._errors))]
-
     def drain(self) -> list[Exception]:
-        """Wait for every write; returns `errors()`."""
+        """Wait for every write; returns what those that ended since the last call raised."""
         self._executor.submit(lambda: None).result()
-        return self.errors()
+        return [self._errors.popleft() for _ in range(len(self._errors))]
 
     def close(self) -> list[Exception]:
         """`drain`, then end the thread."""

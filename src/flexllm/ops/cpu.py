@@ -1,6 +1,6 @@
 """CPU kernels: what gains on a CPU over reference.py, each tested equal to it.
 
-oneDNN with prepacked weights for the GEMMs; cpu_native.py, compiled on the machine, for what torch does in many passes.
+oneDNN with prepacked weights for the GEMMs; native/, compiled on the machine, for what torch does in many passes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flexllm.ops import cpu_native
+from flexllm.ops.native import attention, low_rank, rowwise
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
@@ -59,43 +59,43 @@ class CpuKernels(ReferenceKernels):
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
         if not _native(x) or x.shape[0] > FEW_ROWS:
             return linear(x, w)
-        return cpu_native.matmul_nt(x, w)
+        return low_rank.matmul_nt(x, w)
 
     def add_matmul_nn_(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         if not _native(y) or y.shape[0] > FEW_ROWS:
             return super().add_matmul_nn_(y, x, w)
-        return cpu_native.add_matmul_nn_(y, x, w)
+        return low_rank.add_matmul_nn_(y, x, w)
 
     # ------------------------------------------------------------------------------- bf16: one pass over memory each
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _native(x):
             return super().rms_norm(x, weight, eps)
-        return cpu_native.rms_norm(x, weight, eps)
+        return rowwise.rms_norm(x, weight, eps)
 
     def rms_norm_dx(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _native(x):
             return super().rms_norm_dx(dy, x, weight, eps)
-        return cpu_native.rms_norm_dx(dy, x, weight, eps)
+        return rowwise.rms_norm_dx(dy, x, weight, eps)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not _native(x):
             return super().rope(x, cos, sin)
-        return cpu_native.rope(x, cos, sin, back=False)
+        return rowwise.rope(x, cos, sin, back=False)
 
     def rope_transpose(self, dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not _native(dy):
             return super().rope_transpose(dy, cos, sin)
-        return cpu_native.rope(dy, cos, sin, back=True)
+        return rowwise.rope(dy, cos, sin, back=True)
 
     def swiglu(self, g: Tensor, u: Tensor) -> Tensor:
         if not _native(g):
             return silu(g).mul_(u)
-        return cpu_native.swiglu(g, u)
+        return rowwise.swiglu(g, u)
 
     def swiglu_backward(self, dm: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         if not _native(g):
             return super().swiglu_backward(dm, g, u)
-        return cpu_native.swiglu_backward(dm, g, u)
+        return rowwise.swiglu_backward(dm, g, u)
 
     def concat(self, *parts: Tensor) -> Tensor:
         whole = parts[0]._base
@@ -109,19 +109,19 @@ class CpuKernels(ReferenceKernels):
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
         if not _native(q):
             return super().decode_attention(q, k_cache, v_cache, slots, lengths, scale)
-        return cpu_native.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
+        return attention.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
 
     def window_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if q.dtype == torch.float64:
             return super().window_attention(q, k, v, scale)
-        return cpu_native.window_attention(q, k, v, scale)
+        return attention.window_attention(q, k, v, scale)
 
     def window_attention_backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         if q.dtype == torch.float64:
             return super().window_attention_backward(do, q, k, v, o, lse, scale)
-        return cpu_native.window_attention_backward(do, q, k, v, lse, scale)
+        return attention.window_attention_backward(do, q, k, v, lse, scale)
 
     # --------------------------------------------------------------------------------------------------------- loss
     def cross_entropy_head(

@@ -196,7 +196,8 @@ class LatencyModel:
 
     # --------------------------------------------------------------------------------------------------------- storage
     def save(self, path: Path) -> None:
-        theta = (self._drift * self._theta).tolist()
+        """Without the drift: what slows the machine down now may be gone at the next start."""
+        theta = self._theta.tolist()
         coefficients = {"t0": theta[0], **dict(zip(LINEAR, theta[1 + SEGMENTS :], strict=True))}
         Path(path).write_text(json.dumps({"version": 1, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
 

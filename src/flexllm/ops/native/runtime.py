@@ -1,0 +1,227 @@
+"""Python loops compiled by numba and run by torch's own OpenMP threads, and what the loops are written with.
+
+A second thread pool beside torch's would fight it for the cores, so a kernel is a C function that GOMP_parallel, of the libgomp that
+torch has loaded, runs on every thread; each takes the next task from a shared counter, so that a thread which loses its core does not
+hold up the others. A kernel's argument is an array of int64: the next task, the number of tasks, then sizes, float64 bits and pointers
+in the order of the call. bf16 in memory is seen as uint16 and is fp32 in registers: rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from flexllm.config import cache_dir
+
+SERIAL_BYTES = 2**15  # below this, waking the other threads costs more than they bring
+
+# Sums may be reordered and fused (vectors of partial sums); NaN and infinity keep their meaning.
+FAST = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
+inline = njit(inline="always", **FAST)
+
+
+# ------------------------------------------------------------------------------------------------------------- from Python
+class Kernel:
+    """A function of one argument array, compiled and run over tasks 0..tasks-1."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self._compiled: Any = None
+
+    def _compile(self) -> None:
+        """At the first call: seconds, once per machine; later processes read it from the disk."""
+        folder, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_folder())
+        try:
+            self._compiled = cfunc(types.void(types.CPointer(types.int64)), cache=True, **FAST)(self._body)
+        finally:
+            numba.config.CACHE_DIR = folder
+        self._address = self._compiled.address
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
+
+    def __call__(self, tasks: int, nbytes: int, *args: Tensor | int | float) -> None:
+        """`nbytes`: what it reads and writes, roughly: a little is not worth waking the other threads for."""
+        if self._compiled is None:
+            self._compile()
+        # Fresh bytes that nobody else sees: the kernel may count in them.
+        packed = struct.pack(f"{2 + len(args)}q", 0, tasks, *[a.data_ptr() if isinstance(a, Tensor) else _bits(a) for a in args])
+        threads = torch.get_num_threads()
+        if threads == 1 or tasks == 1 or nbytes < SERIAL_BYTES or _team is None:
+            self._alone(packed)
+        else:
+            _team(self._address, packed, threads, 0)
+
+
+@cache
+def _cache_folder() -> Path:
+    """Of these sources: numba's own cache notices a change of a kernel's file, not of what the kernel calls."""
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))
+    return cache_dir() / "kernels" / digest.hexdigest()[:16]
+
+
+def _bits(value: int | float) -> int:
+    return value if isinstance(value, int) else _float_bits(value)
+
+
+@cache
+def _float_bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+
+
+def _find_team() -> Any:
+    """GOMP_parallel(function, data, threads, flags) of torch's OpenMP runtime; None where torch has another."""
+    root = Path(torch.__file__).parent
+    for library in (*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")):
+        team = ctypes.CDLL(str(library)).GOMP_parallel
+        team.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+        team.restype = None
+        return team
+    return None
+
+
+_team = _find_team()
+
+
+def split(rows: int, row_bytes: int) -> tuple[int, int]:
+    """(tasks, rows of a task): tasks large enough to be worth taking."""
+    step = max(1, min(-(-rows // 2), SERIAL_BYTES // row_bytes))
+    return -(-rows // step), step
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., d] as rows whose columns are adjacent; the rows may be apart by any stride."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------- from the kernels
+@intrinsic
+def next_task(typingctx, a):
+    """The next task of the team's."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
+@intrinsic
+def pointer(typingctx, address, like):
+    """An address as a pointer to values of `like`'s type."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), codegen
+
+
+def _bitcast(source, target, llvm):
+    @intrinsic
+    def cast(typingctx, value):
+        return target(source), lambda context, builder, signature, args: builder.bitcast(args[0], llvm)
+
+    return cast
+
+
+as_float32 = _bitcast(types.uint32, types.float32, ir.FloatType())
+as_uint32 = _bitcast(types.float32, types.uint32, ir.IntType(32))
+as_float64 = _bitcast(types.int64, types.float64, ir.DoubleType())
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which need not be a valid one."""
+
+    def codegen(context, builder, signature, args):
+        address, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [builder.inttoptr(args[0], address), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@inline
+def bf16(address, shape):
+    return carray(pointer(address, np.uint16(0)), shape)
+
+
+@inline
+def f32(address, shape):
+    return carray(pointer(address, np.float32(0)), shape)
+
+
+@inline
+def i64(address, shape):
+    return carray(pointer(address, np.int64(0)), shape)
+
+
+@inline
+def up(h):
+    """bf16 -> fp32."""
+    return as_float32(np.uint32(h) << np.uint32(16))
+
+
+@inline
+def down(f):
+    """fp32 -> bf16, to nearest even. (A NaN whose payload is all in its low half is not one that arithmetic makes.)"""
+    u = as_uint32(f)
+    return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@inline
+def exp(x):
+    """e^x in fp32 to 2 ulp, 0 below -87, in operations that vectorize: 2^n times a polynomial on [-ln2/2, ln2/2]."""
+    y = min(max(x, np.float32(-87.3)), np.float32(88.3))
+    n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
+    r = (y - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    e = as_float32(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    return p * e if x > np.float32(-87.3) or x != x else np.float32(0)
+
+
+@inline
+def whole_units(n, unit):
+    return (n + unit - 1) // unit * unit
+
+
+@njit(fastmath={"nnan", "nsz"})
+def largest(p, n):
+    """The largest of p[:n]; where one is a NaN any of them (the sum of exponentials is a NaN then, and all that follows)."""
+    top = np.float32(-np.inf)
+    for c in range(n):
+        top = max(top, p[c])
+    return top
+
+
+@inline
+def softmax(p, n):
+    """p[:n] becomes its softmax; returns its logsumexp."""
+    top, total = largest(p, n), np.float32(0)
+    for c in range(n):
+        p[c] = exp(p[c] - top)
+        total += p[c]
+    inverse = np.float32(1) / total
+    for c in range(n):
+        p[c] *= inverse
+    return top + np.log(total)
