@@ -15,11 +15,11 @@ from flexllm.config import SLO
 
 def demo(
     model: Model = DEFAULT_MODEL,
-    rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.4,
+    rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.5,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer of the load.", min=2)] = 40,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 3,
-    slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 2.0,
-    slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.2,
+    slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 1.0,
+    slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.15,
     time_limit: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 600.0,
     threads: Threads = None,
 ) -> None:
