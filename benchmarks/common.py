@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # committed: full runs only
+QUICK_RESULTS = ROOT / "out"
 TRACES = ROOT.parent / "shared" / "data" / "traces"  # recorded traces, where there are any
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "numba")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every benchmark has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--quick", action="store_true", help="fewer and shorter samples (under 2 minutes), the same fields")
-    options.add_argument("--out", type=Path, metavar="FILE", help="result file (default: benchmarks/results/<name>.json)")
+    options.add_argument(
+        "--out", type=Path, metavar="FILE", help="result file (default: <name>.json in benchmarks/results, with --quick in out)"
+    )
     options.add_argument("--model", help="a folder, a .gguf file or a hub id (default: the engine's default model)")
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of every contestant")
     options.add_argument("--seed", type=int, default=0)
@@ -43,12 +46,12 @@ def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], sampl
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *("PYTHON" if Path(a).name.startswith("python") else a for a in sys.argv)]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "samples": samples,
     }
     result = _rounded(result)
-    out = args.out or RESULTS / f"{name}.json"
+    out = args.out or (QUICK_RESULTS if args.quick else RESULTS) / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     log(f"wrote {out}")
