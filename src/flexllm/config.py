@@ -32,7 +32,7 @@ def _require(ok: bool, name: str, want: str, got: Any) -> None:
 
 
 def cache_dir() -> Path:
-    """Converted models (they can be made again)."""
+    """Converted models and compiled kernels (they can be made again)."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexllm"
     return Path(os.environ.get("FLEXLLM_CACHE_DIR") or default)
 
