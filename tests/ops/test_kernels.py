@@ -7,7 +7,7 @@ bf16 speaks of the kernel's own rounding: a single rounding to bf16 is 1.7e-3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -211,6 +211,32 @@ def test_decode_attention_of_uneven_contexts(dtype: torch.dtype) -> None:
     slots = torch.randint(0, 500, (9, 1500), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([3, 70, 1, 1500, 40, 41, 5, 700, 2])
     check_same("decode_attention", dtype, q, k, v, slots, lengths, 0.25)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_share_the_rows_of_a_kernel() -> None:
+    """The other tests have one thread (tests/conftest.py); more of them than cores is the harder case."""
+    dtype = torch.bfloat16
+    x, dy, weight = rand(300, 256, dtype=dtype), rand(300, 256, dtype=dtype, seed=1), rand(256, dtype=dtype, seed=2)
+    check_same("rms_norm", dtype, x, weight, EPS)
+    check_same("rms_norm_dx", dtype, dy, x, weight, EPS)
+    check_same("swiglu_backward", dtype, dy, x, dy)
+    q, do = rand(200, 6, 32, dtype=dtype), rand(200, 6, 32, dtype=dtype, seed=1)
+    k, v = rand(300, 2, 32, dtype=dtype, seed=2), rand(300, 2, 32, dtype=dtype, seed=3)
+    check_same("window_attention", dtype, q, k, v, 0.2)
+    o, lse = REFERENCE.window_attention(q.double(), k.double(), v.double(), 0.2)
+    check_same("window_attention_backward", dtype, do, q, k, v, o.to(dtype), lse.float(), 0.2, bound=2 * BOUND[dtype])
+    slots, lengths = torch.randint(0, 300, (32, 250), generator=torch.Generator().manual_seed(0)), torch.arange(219, 251)
+    check_same("decode_attention", dtype, rand(32, 6, 32, dtype=dtype), k, v, slots, lengths, 0.2)
+    check_same("matmul_nt", dtype, x[:64], rand(16, 256, dtype=dtype, seed=4))
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

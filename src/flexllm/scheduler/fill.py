@@ -6,13 +6,14 @@ through the cache with the requests' rows); backward slices, few and large. What
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from flexllm.core import BackwardSlice, FinetuneJob, Sequence, SlicePart, TokenWindow
 from flexllm.scheduler.jobs import JobState, JobTable
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, expected_labels
 
+MAX_WAITS = 16  # iterations in a row that windows may wait for a larger slack
 MIN_ROWS = 16  # fewer backward rows than this wait an iteration, once
 COHORT_ROWS = 512  # short sequences go down the layers together until their GEMMs are this large
 MAX_SLICE_ROWS = 1024  # GEMMs gain nothing beyond, temporaries grow
@@ -31,10 +32,12 @@ class SlackFill:
         latency: LatencyModel,
         inference: PlanFeatures,
         budget: float,
+        ceiling: float,
         max_window_rows: int,
         must_progress: bool,
     ) -> None:
-        """`budget`: seconds that the whole iteration may take; `must_progress`: do the least possible even if it takes longer."""
+        """`budget`: seconds that the whole iteration may take; `ceiling`: what they can become by waiting; `must_progress`: do the
+        least possible even if it takes longer."""
         self.windows: list[TokenWindow] = []
         self.backward: list[BackwardSlice] = []
         self.optimizer_steps: list[FinetuneJob] = []
@@ -43,6 +46,7 @@ class SlackFill:
         self._jobs = jobs
         self._latency = latency
         self._budget = budget
+        self._ceiling = ceiling
         self._window_rows_left = max_window_rows
         self._must_progress = must_progress
         self._cursors: dict[int, tuple[int, int]] = {}  # (layer, row) of sequences moved in this plan, by id
@@ -68,12 +72,25 @@ class SlackFill:
             limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
             labels = partial(expected_labels, sequence)
             rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
+            if rows < limit and self._waits(state, sequence, labels, rows, limit):
+                return True
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
             if rows > 0:
                 self._add_window(state, sequence, rows)
+                state.waited = 0
             if rows < limit:
                 return rows == 0  # where not one row fits, a slice may
+        return True
+
+    def _waits(self, state: JobState, sequence: Sequence, labels: Callable[[int], int], rows: int, limit: int) -> bool:
+        """Whether a window of `rows` is not worth its cost yet: time left unused now is slack later, and ten rows cost nearly what
+        a hundred do."""
+        if self._must_progress or state.waited >= MAX_WAITS:
+            return False
+        if 2 * rows >= self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._ceiling):
+            return False
+        state.waited += 1
         return True
 
     def _going_forward(self, state: JobState, share: int) -> Iterator[Sequence]:
@@ -136,6 +153,7 @@ class SlackFill:
 
     def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
         self.backward.append(item)
+        state.waited = 0
         for part in item.parts:
             done = part.start == 0
             self._cursors[part.sequence.id] = (item.layer - 1, part.sequence.length) if done else (item.layer, part.start)
