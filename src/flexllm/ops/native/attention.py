@@ -22,6 +22,7 @@ from flexllm.ops.native.runtime import (
     softmax,
     up,
     whole_units,
+    widen,
 )
 
 AHEAD = 8  # positions whose K and V are asked for before they are read: pages are scattered, and the hardware does not guess them
@@ -77,13 +78,10 @@ def _decode_heads(a, hd):
                 q[h, i] = up(queries[owner, h, i]) * scale
                 sums[h, i] = np.float32(0)
         for c in range(n):
-            ahead = a[10] + 2 * (seen[min(c + AHEAD, n - 1)] * kv_heads + first) * hd
-            for line in range(0, 2 * own * hd, 64):
-                prefetch(ahead + line)
+            prefetch(a[10] + 2 * (seen[min(c + AHEAD, n - 1)] * kv_heads + first) * hd, 2 * own * hd)
             for kv in range(first, first + own):
                 k = keys[seen[c], kv]
-                for i in range(hd):
-                    row[i] = up(k[i])
+                widen(k, row)
                 for h in range(kv * group, (kv + 1) * group):
                     s = np.float32(0)
                     for i in range(hd):
@@ -93,9 +91,7 @@ def _decode_heads(a, hd):
             softmax(p[h], n)
         for c in range(0, n - 1, 2):  # two positions at a time: half the traffic to the sums
             for step in range(2):
-                ahead = a[11] + 2 * (seen[min(c + step + AHEAD, n - 1)] * kv_heads + first) * hd
-                for line in range(0, 2 * own * hd, 64):
-                    prefetch(ahead + line)
+                prefetch(a[11] + 2 * (seen[min(c + step + AHEAD, n - 1)] * kv_heads + first) * hd, 2 * own * hd)
             for kv in range(first, first + own):
                 v, w = values[seen[c], kv], values[seen[c + 1], kv]
                 for i in range(hd):
@@ -116,8 +112,7 @@ def _decode_heads(a, hd):
 def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See ReferenceKernels.window_attention; any type up to fp32. Products are fp32, exact to the diagonal but for half a block."""
     (s, heads, hd), (b, kv_heads, _) = q.shape, k.shape
-    keys, values = panels_of(k), rows_of(v)
-    queries = rows_of(q * scale if q.dtype == torch.float32 else q.float().mul_(scale))
+    queries, keys, values = rows_of(q).mul_(scale), panels_of(rows_of(k)), rows_of(v)
     o, lse = torch.empty(s, heads, hd), torch.empty(s, heads)
     tiles = -(-s // TILE)
     _window_attention(tiles * heads, 4 * keys.nbytes, s, b, heads, kv_heads, hd, *values.shape[1:], queries, keys, values, o, lse)
@@ -159,9 +154,8 @@ def _window_attention(a):
 def window_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """See ReferenceKernels.window_attention_backward (algorithms.md 2.1); delta = sum(P dP), which needs no output."""
     (s, heads, hd), (b, kv_heads, _) = q.shape, k.shape
-    queries = rows_of(q * scale if q.dtype == torch.float32 else q.float().mul_(scale))
-    key_rows = rows_of(k)
-    keys, values = key_rows.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous(), panels_of(v)
+    queries, key_rows = rows_of(q).mul_(scale), rows_of(k)
+    keys, values = panels_of(key_rows), panels_of(rows_of(v))
     columns, width = key_rows.shape[1:]
     teams = torch.get_num_threads()
     dq, dkv = torch.empty(s, heads, hd), torch.zeros(teams, 2, kv_heads, columns, width)

@@ -24,10 +24,9 @@ def rows_of(x: Tensor) -> Tensor:
     return y
 
 
-def panels_of(x: Tensor) -> Tensor:
-    """[n, H, hd] -> fp32 [H, n / PANEL, hd, PANEL], padded as by rows_of: x^T in panels that are contiguous, as the cache likes them."""
-    y = rows_of(x)
-    return y.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous()
+def panels_of(rows: Tensor) -> Tensor:
+    """rows_of's [H, n, hd] -> [H, n / PANEL, hd, PANEL]: transposed, in panels that are contiguous, as the cache likes them."""
+    return rows.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous()
 
 
 def _block(count):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexllm.ops.native.blocks import LANES, PANEL, ROWS, product
-from flexllm.ops.native.runtime import Kernel, bf16, down, matrix, next_task, up, whole_units
+from flexllm.ops.native.runtime import Kernel, bf16, down, matrix, next_task, whole_units, widen
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
@@ -31,16 +31,13 @@ def _matmul_nt(a):
     packed, y = bf16(a[8], (rank, width)), bf16(a[9], (rows, rank))
     w, x = np.zeros((whole_units(rank, 2), width), np.float32), np.zeros((ROWS, width), np.float32)
     for k in range(rank):
-        for i in range(width):
-            w[k, i] = up(packed[k, i])
+        widen(packed[k], w[k])
     task = next_task(a)
     while task < a[1]:
         for row in range(task * step, min(rows, task * step + step), ROWS):
             count = min(ROWS, rows - row)
             for r in range(count):
-                source = bf16(a[7] + 2 * (row + r) * stride, width)
-                for i in range(width):
-                    x[r, i] = up(source[i])
+                widen(bf16(a[7] + 2 * (row + r) * stride, width), x[r])
             for k in range(0, rank, 2):
                 s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
                 for i in range(width):  # every number that is loaded is used twice or more
@@ -76,19 +73,15 @@ def _add_matmul_nn(a):
     left, packed, padded = bf16(a[7], (rows, rank)), bf16(a[8], (rank, width)), whole_units(width, LANES)
     w, x, sums = np.zeros((rank, padded), np.float32), np.zeros((ROWS, rank), np.float32), np.zeros((ROWS, padded), np.float32)
     for k in range(rank):
-        for i in range(width):
-            w[k, i] = up(packed[k, i])
+        widen(packed[k], w[k])
     w_at, x_at, sums_at = w.ctypes.data, x.ctypes.data, sums.ctypes.data
     task = next_task(a)
     while task < a[1]:
         for row in range(task * step, min(rows, task * step + step), ROWS):
             count = min(ROWS, rows - row)
             for r in range(count):
-                y = bf16(a[9] + 2 * (row + r) * stride, width)
-                for i in range(width):
-                    sums[r, i] = up(y[i])
-                for k in range(rank):
-                    x[r, k] = up(left[row + r, k])
+                widen(bf16(a[9] + 2 * (row + r) * stride, width), sums[r])
+                widen(left[row + r], x[r])
             product(x_at, rank, 1, w_at, padded, PANEL, sums_at, padded, ROWS, rank, padded, 1)
             for r in range(count):
                 y = bf16(a[9] + 2 * (row + r) * stride, width)

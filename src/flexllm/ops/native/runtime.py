@@ -142,7 +142,7 @@ as_float64 = _bitcast(types.int64, types.float64, ir.DoubleType())
 
 
 @intrinsic
-def prefetch(typingctx, address):
+def _prefetch_line(typingctx, address):
     """Ask for the cache line at an address, which need not be a valid one."""
 
     def codegen(context, builder, signature, args):
@@ -153,6 +153,13 @@ def prefetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@inline
+def prefetch(address, nbytes):
+    """Ask for the cache lines of `nbytes` at an address."""
+    for line in range(0, nbytes, 64):
+        _prefetch_line(address + line)
 
 
 @inline
@@ -181,6 +188,13 @@ def down(f):
     """fp32 -> bf16, to nearest even. (A NaN whose payload is all in its low half is not one that arithmetic makes.)"""
     u = as_uint32(f)
     return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@inline
+def widen(h, f):
+    """bf16 h into fp32 f."""
+    for i in range(h.shape[0]):
+        f[i] = up(h[i])
 
 
 @inline
