@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexllm.config import CacheConfig, EngineConfig, FinetuneConfig, JobSpec, LoraConfig
+from flexllm.config import CacheConfig, EngineConfig, FinetuneConfig, JobSpec
+from flexllm.peft.config import LoraConfig
 from flexllm.core import FinishReason, JobStatus, Request, SamplingParams
 from flexllm.engine import Engine, OverloadedError
 from flexllm.peft.pool import PoolFullError

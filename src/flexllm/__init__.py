@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexllm.config import LoraConfig
     from flexllm.core import SamplingParams
     from flexllm.llm import LLM
+    from flexllm.peft.config import LoraConfig
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "LoraConfig", "SamplingParams", "__version__"]

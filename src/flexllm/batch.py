@@ -1,6 +1,6 @@
 """FusedBatch: one iteration's rows as tensors. Decode rows, then prefill rows, then finetuning rows; no row knows its kind.
 
-Legend: N rows, D decoding requests, C longest decode context, S sampled rows, R rank columns, hd head size.
+Legend: N rows, D decoding requests, C longest decode context, S sampled rows, hd head size.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from flexllm.core import InferenceChunk, Request, Sequence, StepPlan, TokenWindow
 from flexllm.memory.activations import SequenceState
 from flexllm.memory.kv_cache import KVCache
-from flexllm.peft.pool import AdapterPool, AdapterSlot
+from flexllm.peft.pool import AdapterPool, AdapterSlot, BoundAdapters, Owner
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class WindowRows:
 
 @dataclass(frozen=True)
 class FusedBatch:
-    token_ids: Tensor  # [N] int64
+    token_ids: Tensor  # [N] int64; -1: a virtual token
     positions: Tensor  # [N] int64
     slots: Tensor  # [N] int64: where each row's K and V go
     num_decode: int
@@ -55,9 +56,8 @@ class FusedBatch:
     sampled_rows: Tensor  # [S] int64
     sampled: tuple[Request, ...]  # whose rows those are
     prompt_logprob_chunks: tuple[tuple[int, InferenceChunk], ...]  # (first row, chunk) of requests that ask for them
-    rank_rows: tuple[int, int]  # the range of the adapter pool that the batch touches; (0, 0): no adapter
-    sites: frozenset[str]  # adapted in this batch
-    tables: Mapping[str, Tensor]  # cos, sin [N, hd]; lora [N, R]
+    adapters: BoundAdapters
+    tables: Mapping[str, Any]  # cos, sin [N, hd], and those of the adapters
 
     @property
     def num_rows(self) -> int:
@@ -79,7 +79,8 @@ class FusedBatch:
         for window in plan.windows:
             state = states[window.sequence]
             windows.append(WindowRows(rows.count, window, state))
-            rows.place(state.ids[window.start : window.end], window.sequence.blocks, window.start, state.slot, own_attention=True)
+            ids = state.ids[window.start : window.end]
+            rows.place(ids, window.sequence.blocks, window.start, state.slot, own_attention=True, dropout_seed=state.dropout_seed)
         firsts = np.cumsum([0, *(c.rows for c in plan.inference)])
         sampled = [(int(last) - 1, c.request) for last, c in zip(firsts[1:], plan.inference, strict=True) if c.sample]
         logprobs = [
@@ -90,11 +91,7 @@ class FusedBatch:
         lengths = [c.end for c in decode]
         decode_slots = cache.padded_slots([c.request.blocks for c in decode], lengths) if decode else np.zeros((0, 0), np.int64)
         positions = torch.from_numpy(np.concatenate(rows.positions)).to(device)
-        start = min((s.start for s, _, _ in rows.owners), default=0)
-        end = max((s.end for s, _, _ in rows.owners), default=0)
-        tables = {"cos": rope[0][positions], "sin": rope[1][positions]}
-        if rows.owners:
-            tables["lora"] = pool.rank_mask(rows.owners, rows.count, start, end)
+        adapters = pool.bind(rows.owners, rows.count)
         return FusedBatch(
             token_ids=torch.from_numpy(np.concatenate(rows.ids)).to(device),
             positions=positions,
@@ -107,9 +104,8 @@ class FusedBatch:
             sampled_rows=torch.tensor([r for r, _ in sampled], dtype=torch.int64, device=device),
             sampled=tuple(r for _, r in sampled),
             prompt_logprob_chunks=tuple(logprobs),
-            rank_rows=(start, end),
-            sites=frozenset(site for slot, _, _ in rows.owners for site in slot.config.target_modules),
-            tables=tables,
+            adapters=adapters,
+            tables={"cos": rope[0][positions], "sin": rope[1][positions], **adapters.tables},
         )
 
 
@@ -122,10 +118,16 @@ class _Rows:
         self.positions: list[np.ndarray] = []
         self.slots: list[np.ndarray] = []
         self.chunks: list[AttentionChunk] = []
-        self.owners: list[tuple[AdapterSlot, int, int]] = []
+        self.owners: list[Owner] = []
 
     def place(
-        self, tokens: SequenceOf[int] | np.ndarray, blocks: list[int], start: int, slot: AdapterSlot | None, own_attention: bool
+        self,
+        tokens: SequenceOf[int] | np.ndarray,
+        blocks: list[int],
+        start: int,
+        slot: AdapterSlot | None,
+        own_attention: bool,
+        dropout_seed: int | None = None,
     ) -> None:
         """Rows for `tokens` at positions start.. of the owner of `blocks`. Decode rows share one attention call, others have their own."""
         end = start + len(tokens)
@@ -138,5 +140,5 @@ class _Rows:
         else:
             self.slots.append(self.cache.slots(blocks, start, end))
         if slot is not None:
-            self.owners.append((slot, self.count, self.count + end - start))
+            self.owners.append(Owner(slot, self.count, self.count + end - start, start, dropout_seed))
         self.count += end - start

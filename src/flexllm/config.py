@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flexllm.checks import require
+from flexllm.peft.config import LoraConfig, PeftConfig
+
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SAVE_LEVELS = ("auto", "keep", "recompute", "checkpoint", "segments", "kv")
 
 T = TypeVar("T")
 
@@ -24,11 +27,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
     if unknown:
         raise ValueError(f"unknown {cls.__name__} key {unknown[0]!r}; known keys: {', '.join(known)}")
     return cls(**values)
-
-
-def _require(ok: bool, name: str, want: str, got: Any) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {want}, got {got!r}")
 
 
 def cache_dir() -> Path:
@@ -65,8 +63,8 @@ class SLO:
     tpot: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.ttft > 0, "ttft", "positive", self.ttft)
-        _require(self.tpot > 0, "tpot", "positive", self.tpot)
+        require(self.ttft > 0, "ttft", "positive", self.ttft)
+        require(self.tpot > 0, "tpot", "positive", self.tpot)
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,8 @@ class CacheConfig:
     finetune_bytes: int | None = None  # saved activations, gradients, optimizer state; None: a share of free memory
 
     def __post_init__(self) -> None:
-        _require(self.block_size >= 1, "block_size", "at least 1", self.block_size)
-        _require(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", "at least 1", self.num_blocks)
+        require(self.block_size >= 1, "block_size", "at least 1", self.block_size)
+        require(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", "at least 1", self.num_blocks)
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,11 @@ class SchedulerConfig:
     temporal_inference_steps: int = 64  # mode `temporal`: inference iterations between two finetuning ones; 0: dynamic
 
     def __post_init__(self) -> None:
-        _require(self.mode in MODES, "mode", f"one of {', '.join(MODES)}", self.mode)
+        require(self.mode in MODES, "mode", f"one of {', '.join(MODES)}", self.mode)
         for name in ("max_batch_tokens", "max_running", "max_waiting", "max_window_rows", "max_sequences"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.idle_slice is None or self.idle_slice > 0, "idle_slice", "positive", self.idle_slice)
-        _require(self.temporal_inference_steps >= 0, "temporal_inference_steps", "0 or more", self.temporal_inference_steps)
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.idle_slice is None or self.idle_slice > 0, "idle_slice", "positive", self.idle_slice)
+        require(self.temporal_inference_steps >= 0, "temporal_inference_steps", "0 or more", self.temporal_inference_steps)
 
     def slo_of(self, request_class: str) -> SLO:
         return self.class_slos.get(request_class, self.slo)
@@ -110,32 +108,6 @@ class SchedulerConfig:
     def newcomer_wait(self) -> float:
         """`idle_slice`, or its default: seconds."""
         return self.idle_slice if self.idle_slice is not None else 0.1 * min(s.ttft for s in (self.slo, *self.class_slos.values()))
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """PEFT's names. `scale` is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = LORA_TARGETS
-    use_rslora: bool = False
-    type: str = "lora"
-
-    def __post_init__(self) -> None:
-        _require(self.type == "lora", "peft.type", "'lora'", self.type)
-        _require(isinstance(self.r, int) and 1 <= self.r <= 512, "r", "an integer between 1 and 512", self.r)
-        _require(self.lora_alpha > 0, "lora_alpha", "positive", self.lora_alpha)
-        _require(self.lora_dropout == 0.0, "lora_dropout", "0 (dropout is not implemented)", self.lora_dropout)
-        targets = tuple(self.target_modules)
-        bad = [t for t in targets if t not in LORA_TARGETS]
-        _require(bool(targets) and not bad, "target_modules", f"some of {', '.join(LORA_TARGETS)}", list(targets))
-        object.__setattr__(self, "target_modules", tuple(t for t in LORA_TARGETS if t in targets))
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
 @dataclass(frozen=True)
@@ -159,21 +131,21 @@ class FinetuneConfig:
     eval_every: int | None = None  # optimizer steps; None: each epoch
     checkpoint_every: int | None = None  # optimizer steps; None: each epoch
     priority: float = 1.0  # fair-share weight
-    save_level: str = "recompute"  # keep | recompute: what the forward stores for the backward (compiler/remat.py)
+    save_level: str = "auto"  # what the forward stores for the backward (compiler/levels.py); auto: as much as memory allows
 
     def __post_init__(self) -> None:
         positive = ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_seq_length")
         for name in positive:
-            _require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, name, "a positive integer", getattr(self, name))
+            require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, name, "a positive integer", getattr(self, name))
         for name in ("max_steps", "eval_every", "checkpoint_every"):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "a positive integer", getattr(self, name))
-        _require(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
-        _require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of {', '.join(LR_SCHEDULES)}", self.lr_schedule)
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)", self.warmup_ratio)
-        _require(0 <= self.weight_decay <= 1, "weight_decay", "in [0, 1]", self.weight_decay)
-        _require(self.max_grad_norm >= 0, "max_grad_norm", "0 (off) or positive", self.max_grad_norm)
-        _require(0 < self.priority <= 100, "priority", "in (0, 100]", self.priority)
-        _require(self.save_level in ("keep", "recompute"), "save_level", "keep or recompute", self.save_level)
+            require(getattr(self, name) is None or getattr(self, name) >= 1, name, "a positive integer", getattr(self, name))
+        require(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
+        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of {', '.join(LR_SCHEDULES)}", self.lr_schedule)
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)", self.warmup_ratio)
+        require(0 <= self.weight_decay <= 1, "weight_decay", "in [0, 1]", self.weight_decay)
+        require(self.max_grad_norm >= 0, "max_grad_norm", "0 (off) or positive", self.max_grad_norm)
+        require(0 < self.priority <= 100, "priority", "in (0, 100]", self.priority)
+        require(self.save_level in SAVE_LEVELS, "save_level", f"one of {', '.join(SAVE_LEVELS)}", self.save_level)
 
     @property
     def group_size(self) -> int:
@@ -196,11 +168,11 @@ class EngineConfig:
     reference_ops: bool = False  # run ops/reference.py instead of the device's own operators
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
-        _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
-        _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2", self.max_model_len)
-        _require(self.max_adapters >= 1, "max_adapters", "at least 1", self.max_adapters)
+        require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
+        require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
+        require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2", self.max_model_len)
+        require(self.max_adapters >= 1, "max_adapters", "at least 1", self.max_adapters)
 
 
 @dataclass(frozen=True)
@@ -212,6 +184,6 @@ class JobSpec:
     output_dir: str  # checkpoint-<step>/ folders, resume/ (durable optimizer state)
     valid_path: str | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    peft: LoraConfig = field(default_factory=LoraConfig)
+    peft: PeftConfig = field(default_factory=LoraConfig)
     init_adapter: str | None = None  # a PEFT folder to continue from
     resume: bool = False  # go on from output_dir/resume if it is there

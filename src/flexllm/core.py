@@ -132,6 +132,16 @@ class JobStatus(StrEnum):
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
+@dataclass(frozen=True, slots=True)
+class SaveLevel:
+    """What a training sequence keeps between forward and backward, in bytes and in time (compiler/levels.py)."""
+
+    name: str
+    bytes_per_token: int  # saved activations of all layers and the gradients in flight; K/V pages apart
+    cost: float = 1.0  # of a backward row, next to one that recomputes nothing
+    depth: int = 1  # layers that a backward slice takes its rows through
+
+
 @dataclass(eq=False, slots=True)
 class FinetuneJob:
     """What the scheduler knows of a job: lengths and counts, no tensors and no tokens.
@@ -155,7 +165,7 @@ class FinetuneJob:
     # filled by the engine when it compiles the job
     num_layers: int = 0
     lowest_layer: int = 0  # backward stops after this layer
-    bytes_per_token: int = 0  # saved activations, all layers (K/V pages apart)
+    levels: tuple[SaveLevel, ...] = ()  # the fastest first; a sequence is admitted at the first whose bytes are free
     # filled by the scheduler
     status: JobStatus = JobStatus.QUEUED
     step: int = 0  # optimizer steps done
@@ -189,6 +199,7 @@ class Sequence:
     train: bool = True
     # filled by the scheduler
     blocks: list[int] = field(default_factory=list)
+    level: int = 0  # index into the job's levels, chosen when it is admitted
     forward: int = 0
     layer: int = 0
     row: int = 0
@@ -200,6 +211,14 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.forward_done and (not self.train or self.layer < self.job.lowest_layer)
+
+    @property
+    def save_level(self) -> SaveLevel:
+        return self.job.levels[self.level]
+
+    def lowest_of_slice(self, layer: int) -> int:
+        """The layer in which a backward slice that starts at `layer` ends."""
+        return max(layer - self.save_level.depth + 1, self.job.lowest_layer)
 
     @property
     def backward_begun(self) -> bool:
@@ -270,10 +289,24 @@ class SlicePart:
 
 @dataclass(frozen=True, slots=True)
 class BackwardSlice:
-    """One layer of the backward pass for rows of one or more sequences of the same job (they share the GEMMs)."""
+    """Layers `layer` down to `lowest` of the backward pass, for rows of one or more sequences of the same job and save level
+    (they share the GEMMs). More than one layer where the level rebuilds several at a time."""
 
     layer: int
     parts: tuple[SlicePart, ...]
+
+    @property
+    def lowest(self) -> int:
+        return self.parts[0].sequence.lowest_of_slice(self.layer)
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer - self.lowest + 1
+
+    @property
+    def cost(self) -> float:
+        """Rows times layers, in rows that recompute nothing."""
+        return self.rows * self.num_layers * self.parts[0].sequence.save_level.cost
 
     @property
     def job(self) -> FinetuneJob:
@@ -285,7 +318,8 @@ class BackwardSlice:
 
     @property
     def pairs(self) -> int:
-        return sum(p.pairs for p in self.parts)
+        """Query-key pairs times layers."""
+        return self.num_layers * sum(p.pairs for p in self.parts)
 
 
 def _pairs(start: int, end: int) -> int:
@@ -325,7 +359,7 @@ class StepPlan:
     @property
     def backward_rows(self) -> int:
         """Rows times layers."""
-        return sum(s.rows for s in self.backward)
+        return sum(s.rows * s.num_layers for s in self.backward)
 
 
 @dataclass(frozen=True, slots=True)

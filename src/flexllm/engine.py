@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from flexllm.model.sampler import Sampler, token_logprobs
 from flexllm.ops import select_kernels
 from flexllm.peft.pool import AdapterPool
 from flexllm.peft.registry import AdapterRegistry
-from flexllm.profiler import take_profile
+from flexllm.profiler import load_costs, measure_costs, save_costs, take_profile
 from flexllm.scheduler.latency import LatencyModel
 from flexllm.scheduler.requests import QueueFullError
 from flexllm.scheduler.scheduler import HybridTokenScheduler
+
+MAX_TRAINING = 64  # adapters in training at once
 
 Progress = Callable[[str, float], None]  # (what is happening, fraction done)
 
@@ -64,8 +67,8 @@ class Engine:
         self.cache = KVCache(m.num_layers, num_blocks, config.cache.block_size, m.num_kv_heads, m.head_dim, dtype, device)
         self.blocks = BlockPool(num_blocks, config.cache.block_size)
         self.finetune_budget = ByteBudget(finetune_bytes)
-        self.adapter_pool = AdapterPool(m, config.adapter_ranks, dtype, device)
-        self.adapters = AdapterRegistry(m, self.adapter_pool, config.max_adapters)
+        self.adapter_pool = AdapterPool(m, config.adapter_ranks, dtype, device, config.max_adapters + MAX_TRAINING)
+        self.adapters = AdapterRegistry(m, self.adapter_pool, config.max_adapters, partial(self.model.refresh_adapter, self.adapter_pool))
         self.sampler = Sampler()
         self.trainer = Trainer(self.model, self.cache, self.adapter_pool)
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
@@ -94,7 +97,7 @@ class Engine:
         losses: tuple[Any, ...] = ()
         if plan.inference or plan.windows:
             batch = FusedBatch.build(plan, self.cache, self.adapter_pool, self.model.rope, self.trainer.states)
-            hidden = self.model.forward(batch, self.cache, self.adapter_pool)
+            hidden = self.model.forward(batch, self.cache)
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch)
         self.trainer.run_backward(plan)
@@ -115,13 +118,15 @@ class Engine:
     def _take_prompt_logprobs(self, hidden: Tensor, batch: FusedBatch) -> None:
         for row, chunk in batch.prompt_logprob_chunks:
             request = chunk.request
+            virtual = request.prompt_ids.count(-1)
+            start = max(chunk.start, virtual)
             end = min(chunk.end, len(request.prompt_ids) - 1)  # the last prompt row predicts the first output
-            if request.output_ids or end <= chunk.start:
+            if request.output_ids or end <= start:
                 continue
-            logits = self.model.logits(hidden[row : row + end - chunk.start])
-            following = request.prompt_ids[chunk.start + 1 : end + 1]
+            logits = self.model.logits(hidden[row + start - chunk.start : row + end - chunk.start])
+            following = request.prompt_ids[start + 1 : end + 1]
             found = self._prompt_logprobs.setdefault(request.id, [None])
-            del found[chunk.start + 1 :]  # a preempted prompt is computed again
+            del found[start + 1 - virtual :]  # a preempted prompt is computed again
             found += token_logprobs(logits, following, request.sampling.prompt_logprobs or 0)
 
     # --------------------------------------------------------------------------------------------------------- requests
@@ -139,11 +144,16 @@ class Engine:
                 raise ValueError(f"{what} id {bad} is not in the vocabulary of {vocab}")
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is in use")
-        request.max_len = min(self.max_model_len, len(prompt) + params.max_tokens)
         request.eos_ids = frozenset(self.model_config.eos_ids)
         if request.adapter is not None:
-            request.adapter_slot = self.adapters.acquire(request.adapter).id
+            slot = self.adapters.acquire(request.adapter)
+            request.adapter_slot = slot.id
+            request.prompt_ids = [-1] * slot.virtual_tokens + prompt
         try:
+            if len(request.prompt_ids) >= self.max_model_len:
+                extra = len(request.prompt_ids) - len(prompt)
+                raise ValueError(f"the prompt has {len(prompt)} tokens, the adapter adds {extra}; the context holds {self.max_model_len}")
+            request.max_len = min(self.max_model_len, len(request.prompt_ids) + params.max_tokens)
             self.scheduler.add_request(request)
         except ValueError as error:
             self._release_adapter(request)
@@ -287,12 +297,15 @@ class Engine:
         """The cached profile of this model on this machine, or one measured now."""
         path = self._profile_path()
         try:
-            return LatencyModel.load(path)
+            latency, self.model.costs = LatencyModel.load(path), load_costs(path.with_suffix(".costs.json"))
+            return latency
         except (OSError, ValueError):
             latency = LatencyModel.default()
+        self.model.costs = measure_costs(self.model)
         latency.fit(take_profile(self, report))
         path.parent.mkdir(parents=True, exist_ok=True)
         latency.save(path)
+        save_costs(self.model.costs, path.with_suffix(".costs.json"))
         return latency
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, LoraConfig, SchedulerConfig
+from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
 from flexllm.core import FinishReason, JobEvent, JobStatus, Request, SamplingParams, StepResult, TokenLogprob, TokenOutput
 from flexllm.engine import Engine
 from flexllm.finetune.data import DataReport, tokenize_file
 from flexllm.model.config import ModelConfig
 from flexllm.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from flexllm.peft.config import LoraConfig
 from flexllm.scheduler.latency import LatencyModel
 
 # Offline nobody waits for a token: iterations may be long, which is where the device is fastest.

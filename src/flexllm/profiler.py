@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from flexllm.compiler.remat import DeviceCosts
 from flexllm.config import FinetuneConfig, JobSpec
 from flexllm.core import (
     BackwardSlice,
@@ -24,10 +28,13 @@ from flexllm.core import (
 )
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.job import TrainingJob
+from flexllm.model.decoder import Decoder
 from flexllm.scheduler.latency import PlanFeatures, features_of
 
 if TYPE_CHECKING:
     from flexllm.engine import Engine
+
+COST_ROWS = 256  # of the GEMM that is timed
 
 REPEATS = 3
 BUDGET = 20.0  # seconds; a slow machine measures fewer sizes rather than starting late
@@ -50,6 +57,38 @@ def take_profile(engine: Engine, progress: Callable[[str, float], None]) -> list
         if time.perf_counter() - began > BUDGET:
             break
     return samples
+
+
+def measure_costs(model: Decoder) -> DeviceCosts:
+    """What a base GEMM and a copy reach here: with these the compiler weighs running an operator again against keeping its result."""
+    x = torch.zeros(COST_ROWS, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    w = model.layers[0].gate_up
+    source, target = (torch.zeros(2**22, dtype=torch.float32, device=model.device) for _ in range(2))
+
+    def seconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    flops = 2.0 * COST_ROWS * w.shape[0] * w.shape[1]
+    return DeviceCosts(flops / seconds(lambda: model.kernels.linear(x, w)), 2 * source.nbytes / seconds(lambda: target.copy_(source)))
+
+
+def save_costs(costs: DeviceCosts, path: Path) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(costs)), encoding="utf-8")
+
+
+def load_costs(path: Path) -> DeviceCosts:
+    """OSError or ValueError when there are none."""
+    try:
+        return DeviceCosts(**json.loads(path.read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _powers(limit: int) -> list[int]:
@@ -120,7 +159,7 @@ class _training_job:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "train.npz"
         TokenizedDataset(ids[:-1].astype(np.int32), ids[1:].astype(np.int32), np.array([0, self.rows])).save(path)
-        config = FinetuneConfig(num_epochs=1000, checkpoint_every=10**6, batch_size=1)
+        config = FinetuneConfig(num_epochs=1000, checkpoint_every=10**6, batch_size=1, save_level="recompute")
         spec = JobSpec("profile", str(path), self.folder.name, finetune=config)
         slot = engine.adapters.allocate_for_training(spec.peft)
         self.training = TrainingJob.open(spec, slot, engine.adapter_pool, engine.model, "profile")

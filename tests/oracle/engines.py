@@ -18,11 +18,12 @@ import torch
 import transformers
 
 from flexllm.batch import FusedBatch
-from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, LoraConfig, SchedulerConfig
+from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
 from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingParams, StepPlan
 from flexllm.engine import Engine
 from flexllm.finetune.data import IGNORE, TokenizedDataset
 from flexllm.model import default_model
+from flexllm.peft.config import LoraConfig
 from flexllm.scheduler.jobs import epoch_order
 from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, PlanFeatures
 

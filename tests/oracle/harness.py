@@ -14,10 +14,11 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from flexllm.batch import FusedBatch
-from flexllm.config import FinetuneConfig, JobSpec, LoraConfig
+from flexllm.config import FinetuneConfig, JobSpec
 from flexllm.core import BackwardSlice, InferenceChunk, Request, SamplingParams, Sequence, SlicePart, StepPlan, TokenWindow
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.job import TrainingJob
@@ -28,6 +29,9 @@ from flexllm.model.config import ModelConfig, rope_frequencies
 from flexllm.model.decoder import Decoder
 from flexllm.model.loader import load_weights
 from flexllm.ops import select_kernels
+from flexllm.peft.base import module_name
+from flexllm.peft.config import BottleneckConfig, LoraConfig, PeftConfig
+from flexllm.peft.io import WEIGHTS_FILE, AdapterFile, save_adapter
 from flexllm.peft.pool import AdapterPool
 
 VOCAB = 131
@@ -120,27 +124,39 @@ class Bench:
         self.trainer = Trainer(self.model, self.cache, self.pool)
 
     def add_job(
-        self, job_id: str, examples: list[tuple[np.ndarray, np.ndarray]], lora: LoraConfig, level: str, folder: Path
+        self, job_id: str, examples: list[tuple[np.ndarray, np.ndarray]], adapter: PeftConfig, level: str, folder: Path
     ) -> TrainingJob:
-        """A job over (ids, labels) examples, all in one group; its adapter random in A and in B."""
+        """A job over (ids, labels) examples, all in one group; everything that its adapter trains is random."""
         ids, labels = (np.concatenate(p).astype(np.int32) for p in zip(*examples, strict=True))
         offsets = np.cumsum([0, *(len(i) for i, _ in examples)]).astype(np.int64)
         path = folder / f"{job_id}.npz"
         TokenizedDataset(ids, labels, offsets).save(path)
         config = FinetuneConfig(batch_size=len(examples), save_level=level)
-        spec = JobSpec(job_id, str(path), str(folder / job_id), finetune=config, peft=lora)
-        training = TrainingJob.open(spec, self.pool.allocate(lora), self.pool, self.model, "tiny")
-        generator = torch.Generator().manual_seed(len(job_id) + lora.r)
-        for p in self.pool.parameters(training.slot).values():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2)
+        spec = JobSpec(job_id, str(path), str(folder / job_id), finetune=config, peft=adapter)
+        training = TrainingJob.open(spec, self.pool.allocate(adapter), self.pool, self.model, "tiny")
+        generator = torch.Generator().manual_seed(len(job_id))
+        for name, p in self.pool.parameters(training.slot).items():
+            drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2
+            p.copy_(drawn + 1 if name.endswith((".l", ".magnitude")) else drawn)
+        self._zero_beyond_ranks(training)
+        self.model.refresh_adapter(self.pool, training.slot)
         self.trainer.add(training)
         return training
 
-    def start(self, training: TrainingJob) -> list[Sequence]:
+    def _zero_beyond_ranks(self, training: TrainingJob) -> None:
+        """Where a rank pattern says less than the slot's rows, the rest are zero."""
+        if not isinstance(training.spec.peft, LoraConfig):
+            return
+        for name, p in self.pool.parameters(training.slot).items():
+            _, layer, site, parameter = name.split(".")
+            if parameter in ("A", "B"):
+                p[training.spec.peft.rank_at(module_name(int(layer), site)) :] = 0
+
+    def start(self, training: TrainingJob, level: int = 0) -> list[Sequence]:
         """The sequences of the job's one group, with pages."""
         job = training.job
         for i, length in enumerate(job.lengths):
-            sequence = Sequence(i, job, i, length, blocks=self.blocks.allocate(self.blocks.blocks_for(length)))
+            sequence = Sequence(i, job, i, length, blocks=self.blocks.allocate(self.blocks.blocks_for(length)), level=level)
             sequence.rewind()
             job.group.append(sequence)
         return job.group
@@ -151,6 +167,17 @@ class Bench:
         request.blocks = self.blocks.allocate(self.blocks.blocks_for(length + 40))
         return request
 
+    @staticmethod
+    def prefill(requests: list[Request], rng: random.Random) -> tuple[InferenceChunk, ...]:
+        """A few more rows of some requests' prompts."""
+        chunks = []
+        for r in requests:
+            end = min(len(r.prompt_ids) - 1, r.num_computed + rng.randint(1, 6))
+            if r.num_computed < end and rng.random() < 0.6:
+                chunks.append(InferenceChunk(r, r.num_computed, end, False))
+                r.num_computed = end
+        return tuple(chunks)
+
     @torch.no_grad()
     def execute(self, plan: StepPlan) -> tuple[torch.Tensor | None, FusedBatch | None]:
         """Run a plan; returns the hidden states and the batch, if it had rows."""
@@ -158,7 +185,7 @@ class Bench:
         hidden = batch = None
         if plan.inference or plan.windows:
             batch = FusedBatch.build(plan, self.cache, self.pool, self.model.rope, self.trainer.states)
-            hidden = self.model.forward(batch, self.cache, self.pool)
+            hidden = self.model.forward(batch, self.cache)
             self.trainer.finish_forward(hidden, batch)
         self.trainer.run_backward(plan)
         return hidden, batch
@@ -190,53 +217,96 @@ def random_slices(sequences: list[Sequence], rng: random.Random, longest: int) -
         if not ready:
             break
         first = rng.choice(ready)
-        chosen = [s for s in ready if s is first or (s.layer == first.layer and s.job is first.job and rng.random() < 0.5)]
+        chosen = [s for s in ready if s is first or ((s.layer, s.job, s.level) == (first.layer, first.job, first.level) and rng.random() < 0.5)]
         parts, layer = [], first.layer
         for s in chosen:
             start = max(0, s.row - rng.randint(1, longest))
             parts.append(SlicePart(s, start, s.row))
             s.row = start
             if start == 0:
-                s.layer, s.row = layer - 1, s.length
+                s.layer, s.row = s.lowest_of_slice(layer) - 1, s.length
         slices.append(BackwardSlice(layer, tuple(parts)))
     return tuple(slices)
 
 
-def peft_twin(model: torch.nn.Module, bench: Bench, training: TrainingJob) -> peft.PeftModel:
-    """Hugging Face PEFT with the job's adapter on (a copy of) the same base model."""
-    lora = training.spec.peft
-    config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=list(lora.target_modules), use_rslora=lora.use_rslora, task_type="CAUSAL_LM"
-    )
+def adapter_file(bench: Bench, training: TrainingJob) -> AdapterFile:
+    """The job's adapter as it is served, in the model's type."""
+    tensors = bench.pool.parameters(training.slot) | bench.pool.parameters(training.slot, trainable=False)
+    return AdapterFile(training.spec.peft, "tiny", tensors)
+
+
+def peft_twin(model: torch.nn.Module, bench: Bench, training: TrainingJob) -> torch.nn.Module:
+    """Hugging Face PEFT with the job's adapter on (a copy of) the same base model, by way of PEFT's files."""
+    if isinstance(training.spec.peft, BottleneckConfig):
+        return BottleneckTwin(model, training.spec.peft, bench.pool.parameters(training.slot))
+    folder = bench.folder.parent / f"twin-{training.job.id}"
+    save_adapter(folder, adapter_file(bench, training), bench.model.config)
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
     twin = peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(bench.dtype)
-    tensors = bench.pool.export(bench.pool.parameters(training.slot))
-    with torch.no_grad():
-        for (layer, site), (a, b) in tensors.items():
-            module = _site(twin, layer, site)
-            module.lora_A["default"].weight.copy_(a)
-            module.lora_B["default"].weight.copy_(b)
+    for p in twin.parameters():
+        p.data = p.data.to(bench.dtype)
+    missing = peft.set_peft_model_state_dict(twin, load_file(folder / WEIGHTS_FILE))
+    assert set(missing.unexpected_keys) <= {"prompt_embeddings"}, missing.unexpected_keys  # PEFT reads that one apart
     return twin
 
 
-def _site(twin: peft.PeftModel, layer: int, site: str) -> torch.nn.Module:
-    block = twin.base_model.model.model.layers[layer]
-    return getattr(block.mlp if site in ("gate_proj", "up_proj", "down_proj") else block.self_attn, site)
+class BottleneckTwin(torch.nn.Module):
+    """PEFT has no bottleneck adapters; these are hooks on the Hugging Face model, differentiated by autograd."""
+
+    def __init__(self, model: torch.nn.Module, config: BottleneckConfig, parameters: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.values = {n: p.detach().clone().requires_grad_() for n, p in parameters.items()}
+        act = torch.relu if config.non_linearity == "relu" else torch.nn.functional.silu
+        for i, layer in enumerate(model.model.layers):
+            pairs = {"attention": (layer.self_attn, layer.input_layernorm), "mlp": (layer.mlp, layer.post_attention_layernorm)}
+            for site in config.target_modules:
+                module, norm = pairs[site]
+                before: dict[str, torch.Tensor] = {}
+                norm.register_forward_pre_hook(lambda _m, args, before=before: before.update(x=args[0]))
+
+                def after(_m, _args, out, before=before, key=f"layers.{i}.{site}"):
+                    p = {n: self.values[f"{key}.{n}"] for n in ("down", "down_bias", "up", "up_bias")}
+                    y = out[0] if isinstance(out, tuple) else out
+                    z = before["x"] if config.is_parallel else y
+                    y = y + config.scaling * act(z @ p["down"].t() + p["down_bias"][:, 0]) @ p["up"] + p["up_bias"][0]
+                    return (y, *out[1:]) if isinstance(out, tuple) else y
+
+                module.register_forward_hook(after)
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
 
 
 def oracle_gradients(
-    twin: peft.PeftModel, training: TrainingJob, examples: list[tuple[np.ndarray, np.ndarray]]
+    twin: torch.nn.Module, training: TrainingJob, examples: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Summed loss over all examples, and its gradients under the engine's names (B transposed)."""
+    """Summed loss over all examples, and its gradients under the engine's names and in its shapes."""
     loss = torch.zeros((), dtype=torch.float64)
     for ids, labels in examples:
-        logits = twin(input_ids=torch.tensor(ids, dtype=torch.long)[None]).logits[0]
+        logits = twin(input_ids=torch.tensor(ids, dtype=torch.long)[None]).logits[0][-len(ids) :]
         target = torch.tensor(labels, dtype=torch.long)
         loss = loss + torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum", ignore_index=-100)
     loss.backward()
-    grads = {}
-    for site in training.spec.peft.target_modules:
-        for layer in range(training.job.num_layers):
-            module = _site(twin, layer, site)
-            grads[f"layers.{layer}.{site}.A"] = module.lora_A["default"].weight.grad
-            grads[f"layers.{layer}.{site}.B"] = module.lora_B["default"].weight.grad.t()
-    return float(loss.detach()), grads
+    return float(loss.detach()), _gradients_by_our_names(twin, training)
+
+
+def _gradients_by_our_names(twin: torch.nn.Module, training: TrainingJob) -> dict[str, torch.Tensor]:
+    if isinstance(twin, BottleneckTwin):
+        return {n: p.grad for n, p in twin.values.items()}
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in twin.named_parameters()}
+    buffers = {n: b for n, b in twin.state_dict().items() if ".vera_A." in n or ".vera_B." in n}
+    if training.slot.virtual_tokens:
+        (found,) = (g for n, g in grads.items() if "prompt_encoder" in n)
+        files = {"prompt_embeddings": found}
+    else:
+        files = peft.get_peft_model_state_dict(twin, state_dict=grads | buffers)
+    method, config = training.slot.method, training.spec.peft
+    settings, _ = method.write(config, training.pool.parameters(training.slot) | _buffers(training), training.model.config)
+    _, ours = method.read(settings, files)
+    return {n: g for n, g in ours.items() if n in training.pool.parameters(training.slot)}
+
+
+def _buffers(training: TrainingJob) -> dict[str, torch.Tensor]:
+    return training.pool.parameters(training.slot, trainable=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexllm.config import LORA_TARGETS, FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
 from flexllm.core import JobStatus
+from flexllm.peft.config import LINEARS, LoraConfig
 from tests.oracle.engines import Run, engine_logits, job_spec, open_engine, oracle_logits, random_adapter, random_texts, with_adapter
 from tests.oracle.harness import VOCAB, random_hf_model
 
@@ -17,7 +18,7 @@ TOLERANCE = 1e-4  # fp32, absolute
 ADAPTERS = [
     LoraConfig(r=4, target_modules=("q_proj", "v_proj")),
     LoraConfig(r=7, lora_alpha=3, target_modules=("down_proj",)),
-    LoraConfig(r=8, lora_alpha=11, target_modules=LORA_TARGETS, use_rslora=True),
+    LoraConfig(r=8, lora_alpha=11, target_modules=LINEARS, use_rslora=True),
 ]
 
 

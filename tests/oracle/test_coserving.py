@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from flexllm.config import LORA_TARGETS, FinetuneConfig, JobSpec, LoraConfig
+from flexllm.config import FinetuneConfig, JobSpec
 from flexllm.core import JobStatus, Request, SamplingParams
 from flexllm.engine import Engine
+from flexllm.peft.config import LINEARS, LoraConfig
 from tests.oracle.engines import (
     Run,
     assert_idle,
@@ -308,7 +309,7 @@ def test_weights_and_other_adapters_stay_bit_identical(single: World) -> None:
     resident = list(engine.adapter_pool.slots.values())
     assert len(resident) == len(ADAPTERS)
     before = [t.clone() for t in everything()]
-    engine.add_job(single.spec(lora=LoraConfig(r=8, target_modules=LORA_TARGETS)))
+    engine.add_job(single.spec(lora=LoraConfig(r=8, target_modules=LINEARS)))
     late = single.requests(seed=3)
     run.serve([(i + len(run.plans), dataclasses.replace(r, id=f"late-{r.id}", blocks=[], output_ids=[])) for i, r in late])
     assert run.shared > 20

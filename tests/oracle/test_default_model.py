@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from flexllm.config import FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
 from flexllm.core import JobStatus
 from flexllm.engine import Engine
 from flexllm.model import default_model
+from flexllm.peft.config import LoraConfig
 from tests.oracle.engines import (
     Run,
     Text,

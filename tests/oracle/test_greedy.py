@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from flexllm.config import FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
 from flexllm.core import Request, SamplingParams
 from flexllm.model import default_model
+from flexllm.peft.config import LoraConfig
 from tests.oracle.engines import SCHEDULER, Run, assert_idle, assert_same_greedy, default_hf_model, job_spec, open_engine
 from tests.oracle.texts import PROMPTS
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexllm.config import FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
 from flexllm.core import JobStatus
+from flexllm.peft.config import LoraConfig
 from tests.oracle.engines import (
     Curve,
     Run,

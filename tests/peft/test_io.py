@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from flexllm.config import LORA_TARGETS, LoraConfig
+from flexllm.peft.config import LINEARS, LoraConfig
 from flexllm.files import StorageError
 from flexllm.model.config import ModelConfig
 from flexllm.peft.io import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapter, save_adapter
@@ -72,8 +72,8 @@ def merged_logits(folder: Path, adapter: AdapterFile) -> Tensor:
     ("target_modules", "found"),
     [
         (["q_proj", "v_proj"], ("q_proj", "v_proj")),
-        (list(LORA_TARGETS), LORA_TARGETS),
-        ("all-linear", LORA_TARGETS),
+        (list(LINEARS), LINEARS),
+        ("all-linear", LINEARS),
         (r".*layers\.1\.(mlp\.down_proj|self_attn\.k_proj)", ("k_proj", "down_proj")),
     ],
 )
@@ -111,13 +111,13 @@ def test_what_is_written_here_peft_reads(
 
 
 def test_names_and_settings_are_those_of_peft(tmp_path: Path, base: LlamaForCausalLM) -> None:
-    random_peft(base, target_modules=list(LORA_TARGETS)).save_pretrained(tmp_path / "theirs")
+    random_peft(base, target_modules=list(LINEARS)).save_pretrained(tmp_path / "theirs")
     save_adapter(tmp_path / "ours", load_adapter(tmp_path / "theirs"))
     theirs, ours = (load_file(tmp_path / who / WEIGHTS_FILE) for who in ("theirs", "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
     their_settings, our_settings = (json.loads((tmp_path / who / CONFIG_FILE).read_text()) for who in ("theirs", "ours"))
-    their_settings["target_modules"].sort(key=LORA_TARGETS.index)
+    their_settings["target_modules"].sort(key=LINEARS.index)
     assert {k: their_settings[k] for k in our_settings} == our_settings
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexllm.cli.options import DEFAULT_MODEL, Model, model_ref
-from flexllm.config import LORA_TARGETS, LoraConfig
+from flexllm.peft.config import LINEARS, LoraConfig
 
 if TYPE_CHECKING:
     from flexllm.compiler.report import CompileReport
@@ -26,7 +26,7 @@ def compile(
     model: Model = DEFAULT_MODEL,
     peft: Annotated[str, typer.Option(help="PEFT method; lora.")] = "lora",
     r: Annotated[int, typer.Option("--r", help="LoRA rank.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LORA_TARGETS),
+    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LINEARS),
     save_level: Annotated[
         str, typer.Option(help="keep: everything the backward reads; recompute: what is not cheap to rebuild.")
     ] = "recompute",

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flexllm.cli.offline import load_llm
 from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Threads
-from flexllm.config import LORA_TARGETS, FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
 from flexllm.core import JobEvent
+from flexllm.peft.config import LINEARS, LoraConfig
 
 
 def finetune(
@@ -41,7 +42,7 @@ def finetune(
     ] = None,
     r: Annotated[int, typer.Option("--r", help="LoRA rank.")] = 16,
     lora_alpha: Annotated[float, typer.Option(help="LoRA scale is lora_alpha / r.")] = 32.0,
-    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LORA_TARGETS),
+    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LINEARS),
     init_adapter: Annotated[Path | None, typer.Option(help="Continue this adapter (PEFT folder; same rank and targets).")] = None,
     save_level: Annotated[str, typer.Option(help="keep or recompute cheap activations; see `flexllm compile`.")] = "recompute",
     seed: Annotated[int, typer.Option(help="Of the order and of the initial weights.")] = 0,

@@ -16,9 +16,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from flexllm.compiler.prune import PrunedBackward
-from flexllm.compiler.remat import SavedTensor, rebuilt_from
-from flexllm.compiler.trace import LayerGraph
+from flexllm.compiler.prune import PrunedBackward, is_row_value
+from flexllm.compiler.remat import read_by
 from flexllm.ops.operators import Operator, add, is_operator, linear, linear_dx, matmul_nn, split
 from flexllm.ops.reference import ReferenceKernels
 
@@ -29,39 +28,46 @@ class Emitted:
     function: Callable[..., Any]
 
 
-def emit_forward(layer: LayerGraph, kernels: ReferenceKernels, saves: Iterable[str] = ()) -> Emitted:
+def emit_forward(backward: PrunedBackward, kernels: ReferenceKernels, saves: Iterable[str] = ()) -> Emitted:
     """`saves`: names to hand to ctx.save (ctx.save_pooled for values whose columns are pooled over adapters)."""
-    kept = {layer.named[name]: name for name in saves}
+    layer = backward.joint.layer
+    named = {name: n for n in backward.forward for name in n.meta.get("names", ())}
+    kept = {named[name]: name for name in saves}
     body = _Body(outputs={layer.output}, kept=set(kept))
+    body.live = set(backward.joint.forward_nodes) | kept.keys()
     if layer.x in kept:
         body.lines.append(f"ctx.save({kept[layer.x]!r}, x)")
     for node in layer.graph.nodes:
+        if node not in body.live:
+            continue
         body.emit(node)
         for value in results_of(node):
             if value in kept:
-                method = "save_pooled" if value.meta.get("pooled") else "save"
-                body.lines.append(f"ctx.{method}({kept[value]!r}, {body.ref(value)})")
+                call = f"save_pooled({value.meta['pooled']!r}, " if value.meta.get("pooled") else "save("
+                body.lines.append(f"ctx.{call}{kept[value]!r}, {body.ref(value)})")
                 body.last_use[body.ref(value)] = len(body.lines) - 1
     body.lines.append(f"return {body.ref(layer.output)}")
     return body.compile("forward", "x, w, p, t, ctx", kernels)
 
 
-def emit_backward(backward: PrunedBackward, saved: dict[Node, SavedTensor], kernels: ReferenceKernels) -> Emitted:
-    joint = backward.joint
+def emit_backward(backward: PrunedBackward, saved: Iterable[Node], kernels: ReferenceKernels) -> Emitted:
+    """`saved`: the values that `s` holds; whatever else the gradients read is computed again."""
+    saved = set(saved)
     body = _Body(outputs=set(backward.outputs.values()), kept=set())
-    body.names.update({node: f"s[{tensor.name!r}]" for node, tensor in saved.items()})
+    body.names.update({node: f"s[{node.meta['names'][0]!r}]" for node in saved})
     body.inputs.update(saved)
     emitted: set[Node] = set(saved)
     parameter_of = {grad: name for name, grad in backward.outputs.items() if name != "x"}
 
     def visit(node: Node) -> None:
         """Depth first, so that a recomputed value appears just before its first reader."""
-        if node in emitted or node.op == "placeholder":
+        if node in emitted:
             return
         emitted.add(node)
-        if node in joint.forward_nodes and node.target is not operator.getitem:
-            assert rebuilt_from(node) is not None, f"{node} is neither saved nor cheap to recompute"
-        for source in node.all_input_nodes:
+        assert node.op != "placeholder" or not is_row_value(node) or node is backward.joint.dy, f"{node} is not saved"
+        if node.op == "placeholder":
+            return
+        for source in read_by(node):
             visit(source)
         body.emit(node)
         for value in results_of(node):
@@ -69,9 +75,12 @@ def emit_backward(backward: PrunedBackward, saved: dict[Node, SavedTensor], kern
                 body.lines.append(f"ctx.gradient({parameter_of[value]!r}, {body.ref(value)})")
                 body.last_use[body.ref(value)] = len(body.lines) - 1
 
-    body.live = reachable(backward, set(saved))
+    body.live = reachable(backward, saved)
+    in_pages = [n for n in backward.forward if n.meta.get("paged") and n not in body.live and n not in saved]
+    body.names.update(dict.fromkeys(in_pages, "None"))
+    body.inputs.update(in_pages)
     # In graph order, so that each gradient is complete (and its inputs can die) as early as reverse mode allows.
-    for node in joint.layer.graph.nodes:
+    for node in backward.joint.layer.graph.nodes:
         if node in backward.live:
             visit(node)
     dx = backward.outputs.get("x")
@@ -87,7 +96,7 @@ def reachable(backward: PrunedBackward, saved: set[Node]) -> set[Node]:
         node = todo.pop()
         if node not in live and node not in saved:
             live.add(node)
-            todo.extend(node.all_input_nodes)
+            todo.extend(read_by(node))
     return live
 
 

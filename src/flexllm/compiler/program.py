@@ -1,31 +1,40 @@
-"""The compiled functions of a model: one forward per mixture of sites and saves, one backward per job and kind of layer."""
+"""The compiled functions of a model: one forward per mixture of adapters and saves, one backward per kind of layer and saved set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
 
 from flexllm.compiler.autodiff import differentiate
-from flexllm.compiler.emit import Emitted, emit_backward, emit_forward, reachable
+from flexllm.compiler.emit import Emitted, emit_backward, emit_forward
 from flexllm.compiler.prune import PrunedBackward, prune
-from flexllm.compiler.remat import SavedTensor, choose_saved
+from flexllm.compiler.remat import Choice, DeviceCosts, Rematerialization, SavedTensor, saved_tensor
 from flexllm.compiler.trace import trace_layer
 from flexllm.model.config import ModelConfig
 from flexllm.ops.reference import ReferenceKernels
-from flexllm.peft.base import PeftMethod
-from flexllm.peft.lora import Lora
+from flexllm.peft.base import Binding
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a job's layers differ in. `adapted`: the adapter has parameters there; `first`: the model's first layer;
+    `input_gradient`: a lower layer is adapted."""
+
+    adapted: bool
+    first: bool
+    input_gradient: bool
+
+
+@dataclass(frozen=True, eq=False)
 class LayerBackward:
     """One layer's backward for one job. `saved`: what the forward must have stored for its rows."""
 
     saved: tuple[SavedTensor, ...]
     emitted: Emitted
-    pruned: PrunedBackward
+    choice: Choice
     recomputed: frozenset[Node]  # forward operators that the backward runs again
 
     @property
@@ -36,55 +45,43 @@ class LayerBackward:
         return sum(t.bytes_per_token(itemsize) for t in self.saved)
 
 
-@dataclass(frozen=True)
-class JobProgram:
-    """`lowest` is the lowest adapted layer: no gradient leaves it downwards, so it needs less. Layers below it save nothing."""
+class LayerCompiler:
+    """trace -> autodiff -> prune, once for a kind of layer; then remat -> emit for each saved set that is asked for."""
 
-    upper: LayerBackward
-    lowest: LayerBackward
-    lowest_layer: int
-    num_layers: int
+    def __init__(
+        self,
+        config: ModelConfig,
+        binding: Binding,
+        kind: LayerKind,
+        kernels: ReferenceKernels,
+        costs: DeviceCosts,
+        context: int,
+    ) -> None:
+        self.kernels = kernels
+        graph = trace_layer(config, [binding] if kind.adapted else [], kind.first)
+        self.pruned: PrunedBackward = prune(differentiate(graph), kind.input_gradient)
+        self.remat = Rematerialization(self.pruned, costs, context)
+        self._compiled: dict[tuple[Node, ...], LayerBackward] = {}
 
-    def layer(self, index: int) -> LayerBackward:
-        return self.lowest if index == self.lowest_layer else self.upper
-
-    def saved_names(self, index: int) -> frozenset[str]:
-        return self.layer(index).saved_names if index >= self.lowest_layer else frozenset()
-
-    def bytes_per_token(self, itemsize: int) -> int:
-        """Saved activations over all layers (K/V pages apart)."""
-        return sum(self.layer(i).bytes_per_token(itemsize) for i in range(self.lowest_layer, self.num_layers))
-
-
-def compile_layer_backward(
-    config: ModelConfig, methods: Sequence[PeftMethod], level: str, kernels: ReferenceKernels, input_gradient: bool
-) -> LayerBackward:
-    """trace -> autodiff -> prune -> remat -> emit, for a layer some lower layer of which is adapted (`input_gradient`) or none."""
-    pruned = prune(differentiate(trace_layer(config, methods)), input_gradient)
-    saved = choose_saved(pruned, level)
-    rebuilt = frozenset(n for n in reachable(pruned, set(saved)) if n in pruned.joint.forward_nodes and n.op == "call_function")
-    return LayerBackward(tuple(saved.values()), emit_backward(pruned, saved, kernels), pruned, rebuilt)
-
-
-def compile_job(
-    config: ModelConfig, methods: Sequence[PeftMethod], level: str, kernels: ReferenceKernels, lowest_layer: int = 0
-) -> JobProgram:
-    upper, lowest = (compile_layer_backward(config, methods, level, kernels, input_gradient=g) for g in (True, False))
-    return JobProgram(upper, lowest, lowest_layer, config.num_layers)
+    def compile(self, choice: Choice) -> LayerBackward:
+        if choice.saved not in self._compiled:
+            saved = tuple(saved_tensor(n) for n in choice.saved)
+            emitted = emit_backward(self.pruned, choice.saved, self.kernels)
+            self._compiled[choice.saved] = LayerBackward(saved, emitted, choice, self.remat.recomputed(choice.saved))
+        return self._compiled[choice.saved]
 
 
 @dataclass
 class ForwardPrograms:
-    """Forward functions by (adapted sites, saved values), compiled when first met."""
+    """Forward functions by (bound adapters, first layer, saved values), compiled when first met."""
 
     config: ModelConfig
     kernels: ReferenceKernels
-    _cache: dict[tuple[frozenset[str], frozenset[str]], Emitted] = field(default_factory=dict)
+    _cache: dict[tuple[tuple[Binding, ...], bool, frozenset[str]], Emitted] = field(default_factory=dict)
 
-    def get(self, sites: frozenset[str], saves: frozenset[str]) -> Callable[..., Any]:
-        key = (sites, saves)
+    def get(self, bindings: tuple[Binding, ...], first: bool, saves: frozenset[str]) -> Callable[..., Any]:
+        key = (bindings, first, saves)
         if key not in self._cache:
-            # The rank of the pooled LoRA parameters is the batch's business; the graph does not depend on it.
-            methods: list[PeftMethod] = [Lora(tuple(sorted(sites)), rank=1)] if sites else []
-            self._cache[key] = emit_forward(trace_layer(self.config, methods), self.kernels, sorted(saves))
+            pruned = prune(differentiate(trace_layer(self.config, bindings, first)), input_gradient=True)
+            self._cache[key] = emit_forward(pruned, self.kernels, sorted(saves))
         return self._cache[key].function

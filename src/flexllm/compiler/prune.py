@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from flexllm.compiler.autodiff import JointGraph
+from flexllm.ops.operators import is_operator
 
 
 @dataclass
 class PrunedBackward:
-    """`live`: the backward operators that run. `needed`: the forward values they read (weights, parameters and tables apart)."""
+    """`live`: the backward operators that run. `needed`: the values of the forward that they read (weights, parameters and tables
+    apart). `forward`: the forward's operators and those that compress a value of theirs into what a gradient reads of it: both can
+    run in either pass."""
 
     joint: JointGraph
     outputs: dict[str, Node]  # parameter name -> its gradient; "x" -> gradient of the layer's input, where a lower layer needs it
+    forward: frozenset[Node]
     live: frozenset[Node]
     needed: tuple[Node, ...]
     dropped: tuple[tuple[Node, str], ...]  # gradient operators removed, and why
@@ -32,15 +36,32 @@ def prune(joint: JointGraph, input_gradient: bool) -> PrunedBackward:
     outputs = {name: joint.gradients[node] for name, node in layer.parameters.items() if node in joint.gradients}
     if input_gradient:
         outputs["x"] = joint.gradients[layer.x]
-    live = _ancestors(outputs.values(), joint.forward_nodes)
-    needed = [n for n in layer.graph.nodes if n in joint.forward_nodes and is_row_value(n) and any(u in live for u in n.users)]
+    forward = joint.forward_nodes | _compressed(joint)
+    live = _ancestors(outputs.values(), forward)
+    needed = [n for n in layer.graph.nodes if n in forward and is_row_value(n) and any(u in live for u in n.users)]
     dropped = []
     for value, grad in joint.gradients.items():
         if grad not in live and grad is not joint.dy:
             frozen = value.meta.get("frozen", False)
             why = "the weight is frozen" if frozen else "no trainable parameter below needs it"
             dropped.append((value, why))
-    return PrunedBackward(joint, outputs, live, tuple(needed), tuple(dropped))
+    return PrunedBackward(joint, outputs, forward, live, tuple(needed), tuple(dropped))
+
+
+def _compressed(joint: JointGraph) -> frozenset[Node]:
+    """Values that were written down with the gradients but follow from the forward alone (the sign bits of a ReLU)."""
+    found: set[Node] = set()
+    for node in joint.layer.graph.nodes:  # in order: what it reads is before it
+        if node in joint.forward_nodes or not is_operator(node) or "bits" not in node.meta:
+            continue
+        if all(source in joint.forward_nodes for source in node.all_input_nodes):
+            node.meta.setdefault("names", [f"{_label(node.all_input_nodes[0])}.bits"])
+            found.add(node)
+    return frozenset(found)
+
+
+def _label(node: Node) -> str:
+    return node.meta["names"][0] if "names" in node.meta else node.name
 
 
 def _ancestors(roots: Iterable[Node], stop: frozenset[Node]) -> frozenset[Node]:

@@ -8,11 +8,11 @@ from torch.fx import Node
 
 from flexllm.compiler.program import LayerBackward, compile_layer_backward
 from flexllm.compiler.remat import rebuilt_from
-from flexllm.config import LoraConfig
 from flexllm.model.config import ModelConfig
 from flexllm.ops.operators import Operator
 from flexllm.ops.reference import ReferenceKernels
 from flexllm.peft.base import PeftMethod
+from flexllm.peft.config import LoraConfig
 from flexllm.peft.lora import Lora
 
 ITEMSIZE = 2  # bf16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,19 +10,19 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from flexllm.model.config import ModelConfig
-from flexllm.model.layer import SITES, decoder_layer, site_shapes, tag
-from flexllm.peft.base import PeftMethod
+from flexllm.model.layer import decoder_layer, site_shapes, tag
+from flexllm.peft.base import Binding, Site
 
 
 @dataclass
 class LayerGraph:
     """`source` in a placeholder's meta is the expression that binds it in an emitted function: `w.<weight>`,
-    `p["<site>.<parameter>"]`, `t["<table>"]`, or a bare name for an argument."""
+    `p["<kind>.<site>.<parameter>"]`, `t["<table>"]`, or a bare name for an argument."""
 
     graph: Graph
     x: Node
     output: Node
-    parameters: dict[str, Node]  # "<site>.<name>" -> placeholder
+    parameters: dict[str, Node]  # "<site>.<name>" -> placeholder; the trainable ones
     named: dict[str, Node] = field(default_factory=dict)  # values that can be saved, by name
 
     def __post_init__(self) -> None:
@@ -52,6 +52,23 @@ class _Tables:
         return self._inputs.placeholder(name, f't["{name}"]')
 
 
+class _KindTables(Mapping[str, Proxy]):
+    """`t["mask"]` is the table of one kind; `t["layer"]` is the batch's own."""
+
+    def __init__(self, inputs: _Inputs, kind: str) -> None:
+        self._inputs, self._kind = inputs, kind
+
+    def __getitem__(self, name: str) -> Proxy:
+        full = name if name == "layer" else f"{self._kind}.{name}"
+        return self._inputs.placeholder(full, f't["{full}"]')
+
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError("tables are known by name alone")
+
+    def __len__(self) -> int:
+        raise NotImplementedError("tables are known by name alone")
+
+
 class _Inputs:
     """Placeholders of a graph, one per source expression."""
 
@@ -78,28 +95,34 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def trace_layer(config: ModelConfig, methods: Sequence[PeftMethod]) -> LayerGraph:
-    """The layer's forward graph with every method's bypasses at its sites."""
+def trace_layer(config: ModelConfig, bindings: Sequence[Binding], first: bool = False) -> LayerGraph:
+    """The layer's forward graph with the bypasses of every binding at its sites. `first`: the model's first layer, whose input are
+    embeddings."""
     graph = Graph()
     inputs = _Inputs(graph)
     shapes, parameters = site_shapes(config), dict[str, Node]()
     absent = [] if config.qkv_bias else ["qkv_bias"]
+    weights, tables = _Weights(inputs, weight_shapes(config), absent), _Tables(inputs)
 
     def site(name: str, value_in: Proxy, value_out: Proxy) -> Proxy:
-        for method in methods:
-            if name not in method.sites:
-                continue
+        if name == "embedding" and not first:
+            return value_out
+        base = value_out
+        for kind, method, features, rank in bindings:
             bound = {}
-            for key, parameter_shape in method.parameters(*shapes[name]).items():
+            for key, parameter in method.parameters(name, *shapes[name], rank, features).items():
                 full = f"{name}.{key}"
-                bound[key] = inputs.placeholder(full, f'p["{full}"]', shape=parameter_shape)
-                parameters[full] = bound[key].node
-            table = inputs.placeholder(method.kind, f't["{method.kind}"]')
-            value_out = method.apply(name, value_in, value_out, bound, table)
+                shape = (parameter.rows, parameter.width)
+                bound[key] = inputs.placeholder(f"{kind}.{full}", f'p["{kind}.{full}"]', shape=shape)
+                if parameter.trainable:
+                    parameters[full] = bound[key].node
+            if bound:
+                if value_out is base and "names" not in base.node.meta:
+                    tag(f"{name}.base", base)  # a bypass may have to read it
+                bias = getattr(weights, f"{name}_bias") if config.qkv_bias and name in ("q_proj", "k_proj", "v_proj") else None
+                value_out = method.apply(Site(name, value_in, value_out, bias, kind, features), bound, _KindTables(inputs, kind))
         return value_out
 
     x = inputs.placeholder("x", "x", columns=config.hidden_size)
-    weights, tables = _Weights(inputs, weight_shapes(config), absent), _Tables(inputs)
     out = decoder_layer(tag("x", x), weights, tables, site, config)
-    assert all(s in SITES for m in methods for s in m.sites)
     return LayerGraph(graph, x.node, out.node, parameters)

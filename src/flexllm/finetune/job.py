@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from flexllm.compiler.program import JobProgram, compile_job
+from flexllm.compiler.levels import JobCompiler, LevelPlan, LevelProgram
 from flexllm.config import JobSpec
-from flexllm.core import FinetuneJob, JobEvent
+from flexllm.core import FinetuneJob, JobEvent, Sequence
 from flexllm.finetune.checkpoint import load_resume, save_resume
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.optimizer import AdapterOptimizer, GradientLedger
+from flexllm.finetune.window import IGNORED
 from flexllm.model.decoder import Decoder
+from flexllm.model.layer import site_shapes
+from flexllm.peft.base import Binding
+from flexllm.peft.config import PeftConfig, peft_settings
 from flexllm.peft.io import AdapterFile, load_adapter, save_adapter
-from flexllm.peft.lora import Lora
 from flexllm.peft.pool import AdapterPool, AdapterSlot
 
 RESUME_FOLDER = "resume"
@@ -52,7 +57,7 @@ class TrainingJob:
     train: TokenizedDataset
     valid: TokenizedDataset | None
     slot: AdapterSlot
-    program: JobProgram
+    levels: tuple[LevelPlan, ...]  # as in `job.levels`
     pool: AdapterPool
     model: Decoder
     base_model: str
@@ -62,6 +67,7 @@ class TrainingJob:
     tokens: int = 0  # rows trained (forward and backward), all steps
     phase_tokens: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})  # rows through all layers, as they go
     last_saved: float = -math.inf  # when the resume state was last written
+    _programs: dict[int, LevelProgram] = field(default_factory=dict)
     write_failed: bool = False  # set by the writer's thread: the job has failed, and nothing more of it is written or announced
 
     def __post_init__(self) -> None:
@@ -79,10 +85,13 @@ class TrainingJob:
         config = spec.finetune
         train = TokenizedDataset.load(spec.train_path)
         valid = TokenizedDataset.load(spec.valid_path) if spec.valid_path else None
-        program = compile_job(model.config, [Lora(spec.peft.target_modules, spec.peft.r)], config.save_level, model.kernels)
+        virtual = slot.virtual_tokens
+        lengths = [n + virtual for n in train.lengths]
+        compiler = compile_backward(model, slot, sum(lengths) // (2 * max(1, len(lengths))))
+        levels = compiler.levels(config.save_level)
         job = FinetuneJob(
             id=spec.id,
-            lengths=train.lengths,
+            lengths=lengths,
             label_counts=train.label_counts,
             group_size=config.group_size,
             epochs=config.num_epochs,
@@ -90,27 +99,48 @@ class TrainingJob:
             seed=config.seed,
             shuffle=config.shuffle,
             weight=config.priority,
-            valid_lengths=valid.lengths if valid else (),
+            valid_lengths=[n + virtual for n in valid.lengths] if valid else (),
             eval_every=config.eval_every,
-            num_layers=program.num_layers,
-            lowest_layer=program.lowest_layer,
-            bytes_per_token=program.bytes_per_token(model.dtype.itemsize) + model.config.hidden_size * model.dtype.itemsize,
+            num_layers=compiler.num_layers,
+            lowest_layer=compiler.lowest_layer,
+            levels=tuple(plan.level for plan in levels),
         )
         longest = max(*job.lengths, *(job.valid_lengths or (0,)), 0)
         if longest > model.rope[0].shape[0]:
             raise ValueError(f"an example has {longest} tokens; the context holds {model.rope[0].shape[0]}")
         _initialise(spec, slot, pool, model)
-        opened = TrainingJob(spec, job, train, valid, slot, program, pool, model, base_model)
+        opened = TrainingJob(spec, job, train, valid, slot, levels, pool, model, base_model)
         state = load_resume(Path(spec.output_dir) / RESUME_FOLDER) if spec.resume else None
         if state is not None:
             opened._go_on_from(*state)
         return opened
+
+    def program(self, level: int) -> LevelProgram:
+        """The job's compiled layers at one of its levels."""
+        if level not in self._programs:
+            self._programs[level] = self.levels[level].program()
+        return self._programs[level]
+
+    def example(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels) of a training or validation sequence, the adapter's virtual tokens before them."""
+        data = self.train if sequence.train else self.valid
+        assert data is not None, "a validation sequence of a job without validation data"
+        ids, labels = data.example(sequence.example)
+        virtual = self.slot.virtual_tokens
+        return np.pad(ids, (virtual, 0), constant_values=-1), np.pad(labels, (virtual, 0), constant_values=IGNORED)
+
+    def dropout_seed(self, sequence: Sequence) -> int | None:
+        """Of a training sequence: another in each step, the same when a step is done again."""
+        if not sequence.train or not self.spec.peft.dropout:
+            return None
+        return random.Random(f"{self.spec.finetune.seed}:{self.job.step}:{sequence.example}").getrandbits(62)
 
     # ------------------------------------------------------------------------------------------------------- stepping
     def optimizer_step(self, sums: LossSums) -> JobEvent:
         """Apply the group's gradients (summed over labels) divided by the number of labels. FloatingPointError: not finite."""
         self.ledger.label_count = sums.labels
         grad_norm, rate = self.optimizer.step(self.ledger)
+        self.model.refresh_adapter(self.pool, self.slot)
         self.ledger.zero()
         self.tokens += sum(s.length for s in self.job.group)
         step = self.job.step + 1  # the scheduler counts it in update()
@@ -135,14 +165,15 @@ class TrainingJob:
     # ---------------------------------------------------------------------------------------------------------- files
     def snapshot_adapter(self) -> AdapterFile:
         """The adapter as it is now, copied (in the masters' precision), so that it can be written while training goes on."""
-        return AdapterFile(self.spec.peft, self.base_model, self.pool.export(self.optimizer.masters()))
+        tensors = self.pool.parameters(self.slot, trainable=False) | self.optimizer.masters()
+        return AdapterFile(self.spec.peft, self.base_model, {n: t.detach().clone() for n, t in tensors.items()})
 
     def checkpoint_path(self, step: int) -> Path:
         return Path(self.spec.output_dir) / f"checkpoint-{step}"
 
     def write_checkpoint(self, step: int, adapter: AdapterFile) -> Path:
         path = self.checkpoint_path(step)
-        save_adapter(path, adapter)
+        save_adapter(path, adapter, self.model.config)
         return path
 
     def snapshot_resume(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -154,6 +185,7 @@ class TrainingJob:
 
     def _go_on_from(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(tensors)
+        self.model.refresh_adapter(self.pool, self.slot)
         self.job.step = int(meta["step"])
         self.tokens = int(meta["tokens"])
 
@@ -161,22 +193,30 @@ class TrainingJob:
         shutil.rmtree(Path(self.spec.output_dir) / RESUME_FOLDER, ignore_errors=True)
 
 
+def compile_backward(model: Decoder, slot: AdapterSlot, context: int) -> JobCompiler:
+    """For an adapter of its own. `context`: mean number of keys that a row of its sequences sees."""
+    binding = Binding(slot.kind, slot.method, slot.features, slot.rank)
+    adapted = slot.config.layers(model.config.num_layers)
+    return JobCompiler(model.config, binding, adapted, model.kernels, model.costs, context, model.dtype.itemsize)
+
+
 def _initialise(spec: JobSpec, slot: AdapterSlot, pool: AdapterPool, model: Decoder) -> None:
-    """PEFT's initialisation (A uniform in +-1/sqrt(in), B zero), or an existing adapter of the same shape."""
-    if spec.init_adapter:
-        adapter = load_adapter(spec.init_adapter)
-        adapter.check_against(model.config)
-        want, got = spec.peft, adapter.config
-        if (got.r, got.target_modules, got.scale) != (want.r, want.target_modules, want.scale):
-            raise ValueError(
-                f"the initial adapter has r={got.r}, lora_alpha={got.lora_alpha}, target_modules={list(got.target_modules)}; "
-                f"the job asks for r={want.r}, lora_alpha={want.lora_alpha}, target_modules={list(want.target_modules)}"
-            )
-        pool.write(slot, adapter.tensors)
-        return
+    """The method's own initialisation, or an existing adapter of the same settings."""
+    if not slot.config.layers(model.config.num_layers):
+        raise ValueError(f"layers_to_transform names no layer of the model, which has {model.config.num_layers}")
     generator = torch.Generator().manual_seed(spec.finetune.seed)
-    for name, tensor in pool.parameters(slot).items():
-        if name.endswith(".A"):
-            bound = 1 / math.sqrt(tensor.shape[1])
-            drawn = torch.empty(tensor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            tensor.copy_(drawn)
+    everything = pool.parameters(slot) | pool.parameters(slot, trainable=False)
+    for name, tensor in everything.items():
+        slot.method.initialise(spec.peft, name.removeprefix("layers."), tensor, generator, site_shapes(model.config))
+    if spec.init_adapter:
+        adapter = load_adapter(spec.init_adapter).fitted(model.config)
+        want, got = _shape(spec.peft), _shape(adapter.config)
+        if want != got:
+            raise ValueError(f"the initial adapter is {got}; the job asks for {want}")
+        pool.write(slot, adapter.tensors)
+    model.refresh_adapter(pool, slot)
+
+
+def _shape(config: PeftConfig) -> dict[str, Any]:
+    """The settings that an adapter's tensors depend on."""
+    return {k: v for k, v in peft_settings(config).items() if not k.endswith("dropout")}

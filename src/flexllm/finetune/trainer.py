@@ -52,12 +52,11 @@ class Trainer:
     def _new_state(self, window: TokenWindow) -> SequenceState:
         sequence = window.sequence
         job = self.jobs[sequence.job.id]
-        data = job.train if sequence.train else job.valid
-        assert data is not None, "a validation sequence of a job without validation data"
-        ids, labels = data.example(sequence.example)
+        ids, labels = job.example(sequence)
         store = ActivationStore(sequence.length, self.model.dtype, self.model.device)
         targets = torch.from_numpy(labels.astype("int64")).to(self.model.device)
-        return SequenceState(sequence, ids, targets, job.slot, job.program if sequence.train else None, store)
+        program = job.program(sequence.level) if sequence.train else None
+        return SequenceState(sequence, ids, targets, job.slot, program, store, job.dropout_seed(sequence))
 
     def finish_forward(self, hidden: Tensor, batch: FusedBatch) -> tuple[WindowLoss, ...]:
         """hidden [N, d]; see finetune/window.py."""
@@ -76,7 +75,7 @@ class Trainer:
         for work in plan.backward:
             training = self.jobs[work.job.id]
             run_slice(self.model, self.cache, self.pool, work, self.states, training.ledger)
-            if work.layer == training.program.lowest_layer:
+            if work.lowest == training.job.lowest_layer:
                 training.phase_tokens["backward"] += work.rows
 
     def step_optimizers(self, jobs: tuple[FinetuneJob, ...], now: float) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexllm.compiler.program import JobProgram
+from flexllm.compiler.levels import LevelProgram
 from flexllm.compiler.remat import SavedTensor
 from flexllm.core import Sequence
+from flexllm.ops.reference import compute_dtype
 from flexllm.peft.pool import AdapterSlot
 
 
@@ -28,13 +29,17 @@ class ActivationStore:
 
     def allocate(self, layer: int, saved: tuple[SavedTensor, ...]) -> None:
         """Make room for a layer's saved set, if it is not there yet."""
-        if layer in self._layers:
+        if layer in self._layers or not saved:
             return
-        full = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._layers[layer] = {
-            t.name: torch.empty(self.length, t.columns, dtype=full if t.fp32 else self.dtype, device=self.device) for t in saved
+            t.name: torch.empty(self.length, t.stored_columns, dtype=self._dtype(t), device=self.device) for t in saved
         }
         self.bytes += sum(t.nbytes for t in self._layers[layer].values())
+
+    def _dtype(self, tensor: SavedTensor) -> torch.dtype:
+        if tensor.bits is not None:
+            return torch.uint8
+        return compute_dtype(self.dtype) if tensor.fp32 else self.dtype
 
     def write(self, layer: int, name: str, start: int, rows: Tensor) -> None:
         self._layers[layer][name][start : start + rows.shape[0]] = rows
@@ -43,7 +48,7 @@ class ActivationStore:
         return name in self._layers.get(layer, ())
 
     def read(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
-        return {name: t[start:end] for name, t in self._layers[layer].items()}
+        return {name: t[start:end] for name, t in self._layers.get(layer, {}).items()}
 
     def free(self, layer: int) -> None:
         self.bytes -= sum(t.nbytes for t in self._layers.pop(layer, {}).values())
@@ -57,22 +62,29 @@ class SequenceState:
     """The tensors of one sequence in flight.
 
     `grad` [T, d]: row t holds the gradient of the output of the lowest layer whose backward has passed over t (algorithms.md 2.2).
-    `kv_grad` [2, T, K, hd] in fp32: dK and dV of the one layer under way; None between layers.
+    `kv_grad`: of the layers under way, by number, [2, T, K, hd] in fp32: dK and dV.
     """
 
     sequence: Sequence
     ids: np.ndarray  # [T] int32
     labels: Tensor  # [T] int64; IGNORED where no label counts
     slot: AdapterSlot
-    program: JobProgram | None  # None: forward only (validation)
+    program: LevelProgram | None  # None: forward only (validation)
     store: ActivationStore
+    dropout_seed: int | None = None  # None: nothing is dropped (validation)
     grad: Tensor | None = None
-    kv_grad: Tensor | None = None
+    kv_grad: dict[int, Tensor] = field(default_factory=dict)
 
     def prepare(self, layer: int) -> frozenset[str]:
         """Make room for what `layer` saves; returns its names."""
-        if self.program is None or layer < self.program.lowest_layer:
+        if self.program is None:
             return frozenset()
-        compiled = self.program.layer(layer)
-        self.store.allocate(layer, compiled.saved)
-        return compiled.saved_names
+        saved = self.program.stored(layer)
+        self.store.allocate(layer, saved)
+        return frozenset(t.name for t in saved)
+
+    @property
+    def bytes(self) -> int:
+        """Held now: the saved set and the gradients in flight."""
+        grads = [*self.kv_grad.values(), *([] if self.grad is None else [self.grad])]
+        return self.store.bytes + sum(g.nbytes for g in grads)

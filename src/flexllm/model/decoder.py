@@ -9,11 +9,13 @@ from torch import Tensor
 
 from flexllm.batch import FusedBatch
 from flexllm.compiler.program import ForwardPrograms
+from flexllm.compiler.remat import DeviceCosts
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig, rope_frequencies
+from flexllm.model.layer import site_shapes
 from flexllm.model.loader import ModelWeights
 from flexllm.ops.reference import LinearWeight, ReferenceKernels
-from flexllm.peft.pool import AdapterPool
+from flexllm.peft.pool import AdapterPool, AdapterSlot
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Layer:
     post_norm: Tensor
     gate_up: LinearWeight
     down: LinearWeight
+    q_proj_bias: Tensor | None = None  # parts of qkv_bias
+    k_proj_bias: Tensor | None = None
+    v_proj_bias: Tensor | None = None
 
 
 class LayerContext:
@@ -65,13 +70,18 @@ class LayerContext:
                 span = slice(rows.row - offset, rows.row - offset + rows.window.rows)
                 rows.state.store.write(self.layer, name, rows.window.start, value[span])
 
-    def save_pooled(self, name: str, value: Tensor) -> None:
-        """The same for a value whose columns are pooled over adapters: each store gets its own adapter's."""
-        first = self.batch.rank_rows[0]
+    def save_pooled(self, kind: str, name: str, value: Tensor) -> None:
+        """The same for a value whose columns are pooled over adapters of a kind: each store gets its own adapter's."""
+        first = self.batch.adapters.first_rank[kind]
         for rows in self.batch.windows:
-            if rows.state.store.wants(self.layer, name):
+            if rows.state.slot.kind == kind and rows.state.store.wants(self.layer, name):
                 slot = rows.state.slot
                 rows.state.store.write(self.layer, name, rows.window.start, value[rows.span, slot.start - first : slot.end - first])
+
+
+def _parts(qkv_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, ...]:
+    sizes = [site_shapes(config)[name][0] for name in ("q_proj", "k_proj", "v_proj")]
+    return () if qkv_bias is None else qkv_bias.split(sizes)
 
 
 class Decoder:
@@ -83,11 +93,12 @@ class Decoder:
         self.layers = [
             Layer(
                 w.input_norm, kernels.pack_linear(w.qkv), w.qkv_bias, w.q_norm, w.k_norm, kernels.pack_linear(w.o),
-                w.post_norm, kernels.pack_linear(w.gate_up), kernels.pack_linear(w.down),
+                w.post_norm, kernels.pack_linear(w.gate_up), kernels.pack_linear(w.down), *_parts(w.qkv_bias, config),
             )
             for w in weights.layers
         ]  # fmt: skip
         self.attention_scale = config.head_dim**-0.5
+        self.costs = DeviceCosts()  # of this device, once it has been measured (profiler.py)
         self.programs = ForwardPrograms(config, kernels)
         # As Hugging Face: angles in fp32 (here float64 for a float64 model), cos and sin rounded to the model's type.
         angle_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -102,16 +113,43 @@ class Decoder:
         head = 0 if self.head.weight is self.embed else self.head.weight.nbytes
         return self.embed.nbytes + head + sum(w.weight.nbytes for w in linears)
 
-    def forward(self, batch: FusedBatch, cache: KVCache, pool: AdapterPool) -> Tensor:
+    def forward(self, batch: FusedBatch, cache: KVCache) -> Tensor:
         """Hidden states [N, d] before the final norm; K and V of every row go to the pages, saved values to their stores."""
-        x = self.embed[batch.token_ids]
+        x = self.embedded(batch.token_ids)
         context = LayerContext(batch, cache, self.kernels, self.attention_scale)
-        parameters = pool.range(*batch.rank_rows)
+        bindings, parameters = batch.adapters.bindings, batch.adapters.parameters
         for index, layer in enumerate(self.layers):
             context.layer = index
             saves = frozenset().union(*(w.state.prepare(index) for w in batch.windows)) if batch.windows else frozenset()
-            x = self.programs.get(batch.sites, saves)(x, layer, parameters[index], batch.tables, context)
+            run = self.programs.get(bindings, index == 0, saves)
+            x = run(x, layer, parameters[index], {**batch.tables, "layer": index}, context)
         return x
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """token_ids [N] -> [N, d]. Virtual tokens (-1) get some row: an adapter puts its own in its place, or in that of its keys and
+        values, which is all that others see of it."""
+        return self.embed[token_ids.clamp_min(0)]
+
+    def refresh_adapter(self, pool: AdapterPool, slot: AdapterSlot) -> None:
+        """Bring buffers that derive from an adapter's parameters and the base weights up to date (DoRA's norms)."""
+        if not slot.method.needs_refresh(slot.config):
+            return
+        for index in slot.config.layers(len(self.layers)):
+            by_site: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in pool.rows(slot, index).items():
+                site, parameter = name.split(".")
+                by_site.setdefault(site, {})[parameter] = tensor
+            for site, parameters in by_site.items():
+                slot.method.refresh(slot.config, index, site, parameters, self.base_weight(index, site))
+
+    def base_weight(self, layer: int, site: str) -> Tensor:
+        """[out, in] of a linear, one of a merged GEMM's too."""
+        merged = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+        weight = getattr(self.layers[layer], merged.get(site, site.removesuffix("_proj"))).weight
+        if site not in merged:
+            return weight
+        sizes = {name: site_shapes(self.config)[name][0] for name in merged if merged[name] == merged[site]}
+        return dict(zip(sizes, weight.split(list(sizes.values())), strict=True))[site]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, d] -> logits [S, V] in fp32 (float64 stays)."""

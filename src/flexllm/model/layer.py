@@ -13,15 +13,25 @@ from torch.fx import Proxy
 
 from flexllm.model.config import ModelConfig
 from flexllm.ops.operators import add, attend, head_rms_norm, linear, rms_norm, rope, split, swiglu
+from flexllm.peft.config import LINEARS
 
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Where bypass networks attach: the linears' outputs; the inputs of those linears that share theirs with no other; keys (RoPE
+# applied) and values on their way into the pages; the sublayers' outputs; and, in the first layer, the embeddings.
+SITES = (*LINEARS, "o_proj_in", "down_proj_in", "key", "value", "attention", "mlp", "embedding")
 
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the base linear at each site."""
+    """(out, in) of each site: what its bypass gives and what it may read."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
+        "o_proj_in": (q, q),
+        "down_proj_in": (f, f),
+        "key": (kv, kv),
+        "value": (kv, kv),
+        "attention": (d, d),
+        "mlp": (d, d),
+        "embedding": (d, d),
         "q_proj": (q, d),
         "k_proj": (kv, d),
         "v_proj": (kv, d),
@@ -55,18 +65,26 @@ def decoder_layer(x: Proxy, w: Any, tables: Tables, site: Callable[[str, Proxy, 
     def adapted(name: str, value_in: Proxy, value_out: Proxy) -> Proxy:
         return tag(name, site(name, value_in, value_out))
 
+    x = adapted("embedding", x, x)
     h = tag("attn_in", rms_norm(x, w.input_norm, config.rms_eps))
     q, k, v = split(linear(h, w.qkv, w.qkv_bias), (q_size, kv_size, kv_size))
     q, k, v = adapted("q_proj", h, q), adapted("k_proj", h, k), adapted("v_proj", h, v)
     if config.qk_norm:
         q, k = head_rms_norm(q, w.q_norm, config.rms_eps), head_rms_norm(k, w.k_norm, config.rms_eps)
-    q, k = tag("q", rope(q, tables.cos, tables.sin)), tag("k", rope(k, tables.cos, tables.sin))
+    q, k = tag("q", rope(q, tables.cos, tables.sin)), rope(k, tables.cos, tables.sin)
+    k, v = adapted("key", k, k), adapted("value", v, v)
     q.node.meta.update(head_dim=config.head_dim, kv_columns=kv_size)
+    for paged in (k, v):
+        paged.node.meta["paged"] = True  # rows of it stay in the sequence's pages
     o, lse = attend(q, k, v)
     o, _ = tag("attn_out", o), tag("lse", lse)
-    xm = tag("mid", add(x, adapted("o_proj", o, linear(o, w.o, None))))
+    o = adapted("o_proj_in", o, o)
+    a = adapted("o_proj", o, linear(o, w.o, None))
+    xm = tag("mid", add(x, adapted("attention", x, a)))
     h2 = tag("mlp_in", rms_norm(xm, w.post_norm, config.rms_eps))
     g, u = split(linear(h2, w.gate_up, None), (config.intermediate_size, config.intermediate_size))
     g, u = adapted("gate_proj", h2, g), adapted("up_proj", h2, u)
     m = tag("act", swiglu(g, u))
-    return add(xm, adapted("down_proj", m, linear(m, w.down, None)))
+    m = adapted("down_proj_in", m, m)
+    y = adapted("down_proj", m, linear(m, w.down, None))
+    return add(xm, adapted("mlp", xm, y))

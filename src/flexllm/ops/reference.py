@@ -32,6 +32,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def dropout_factors(seeds: Tensor, rates: Tensor, columns: int, layer: int, salt: int) -> Tensor:
+    """0 or 1 / (1 - rate) for each element, fp32 [N, columns], from a counter-based hash (a finalizer of the splitmix64 family)."""
+    row = _mix(seeds + (layer * 64 + salt) * 0x632BE59BD9B4E019 % 2**63)
+    element = _mix(row[:, None] + torch.arange(columns, device=seeds.device) * 0x1E3779B97F4A7C15)
+    uniform = (element >> 40 & 0xFFFFFF).to(torch.float32) / 2**24
+    return (uniform >= rates[:, None]) / (1 - rates[:, None])
+
+
+def _mix(x: Tensor) -> Tensor:
+    """int64 -> int64, wrapping; every input bit reaches every output bit."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
 class ReferenceKernels:
     """One method per kernel. Nothing is written in place unless its name says so (`*_`)."""
 
@@ -80,6 +95,53 @@ class ReferenceKernels:
         """u [N, R] * mask: a rank mask [N, R] (whose rank column belongs to the row's adapter, times its scale), or one scale."""
         return u * mask
 
+    def scale_ranks(self, u: Tensor, d: Tensor) -> Tensor:
+        """u [N, R] * d [R, 1] transposed."""
+        return u * d[:, 0]
+
+    def add_ranks(self, u: Tensor, b: Tensor) -> Tensor:
+        return u + b[:, 0]
+
+    def sum_ranks(self, g: Tensor, u: Tensor | None) -> Tensor:
+        """Sums over rows, in the compute type: g * u [N, R] (or g alone) -> [R, 1]."""
+        return self.sum_slot(g, u).t()
+
+    def mul_slot(self, y: Tensor, v: Tensor, index: Tensor | int) -> Tensor:
+        """y [N, C] * v [S, C] of each row's slot; index [N] int64, or one slot for all rows."""
+        return y * v[index]
+
+    def add_slot(self, y: Tensor, v: Tensor, index: Tensor | int) -> Tensor:
+        return y + v[index]
+
+    def sum_slot(self, g: Tensor, y: Tensor | None) -> Tensor:
+        """Sums over rows, in the compute type: g * y [N, C] (or g alone) -> [1, C]."""
+        dtype = compute_dtype(g.dtype)
+        product = g.to(dtype) if y is None else g.to(dtype) * y.to(dtype)
+        return product.sum(0, keepdim=True)
+
+    def add_bias(self, y: Tensor, bias: Tensor, sign: int) -> Tensor:
+        return torch.add(y, bias, alpha=sign)
+
+    def replace_rows(self, x: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """x [N, C], v [P, C], rows [N] int64: v[rows[i]] where rows[i] >= 0, else x[i]."""
+        at = (rows >= 0).nonzero()[:, 0]
+        return x if len(at) == 0 else x.index_copy(0, at, v[rows[at]])
+
+    def keep_rows(self, g: Tensor, rows: Tensor) -> Tensor:
+        return g * (rows < 0)[:, None]
+
+    def scatter_rows(self, g: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """The rows of g that stand for rows of v, each added in its place; the rest zero."""
+        at = (rows >= 0).nonzero()[:, 0]
+        return g.new_zeros(v.shape).index_add_(0, rows[at], g[at])
+
+    # ------------------------------------------------------------------------------------------------------ dropout
+    def dropout(self, x: Tensor, table: tuple[Tensor, Tensor], layer: int, salt: int) -> Tensor:
+        """Inverted dropout. `table`: seeds [N] int64 and rates [N] of the rows; the mask of an element is a hash of its row's seed,
+        `layer`, `salt` and its column, the same whenever and with whomever the row is computed. Rows of rate 0 pass as they are."""
+        seeds, rates = table
+        return x * dropout_factors(seeds, rates, x.shape[1], layer, salt).to(x.dtype)
+
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Column views."""
         return x.split_with_sizes(sizes, -1)
@@ -119,6 +181,28 @@ class ReferenceKernels:
     def rope_transpose(self, dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The rotation is orthogonal: its gradient rotates back."""
         return self.rope(dy, cos, -sin)
+
+    def relu(self, u: Tensor) -> Tensor:
+        return torch.relu(u)
+
+    def positive_bits(self, out: Tensor) -> Tensor:
+        """[N, C] -> uint8 [N, ceil(C / 8)]: bit j of byte i says whether column 8 i + j is positive."""
+        bits = torch.nn.functional.pad((out > 0).to(torch.uint8), (0, -out.shape[1] % 8)).unflatten(1, (-1, 8))
+        return (bits << torch.arange(8, dtype=torch.uint8, device=out.device)).sum(-1, dtype=torch.uint8)
+
+    def where_bits(self, g: Tensor, bits: Tensor) -> Tensor:
+        """g [N, C] where the bit is set, else zero."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=g.device)
+        return g * (bits[:, :, None] >> shifts & 1).flatten(1)[:, : g.shape[1]]
+
+    def silu(self, u: Tensor) -> Tensor:
+        return torch.nn.functional.silu(u)
+
+    def silu_backward(self, g: Tensor, u: Tensor) -> Tensor:
+        dtype = compute_dtype(u.dtype)
+        uf = u.to(dtype)
+        s = torch.sigmoid(uf)
+        return (g.to(dtype) * s * (1 + uf * (1 - s))).to(u.dtype)
 
     def swiglu(self, g: Tensor, u: Tensor) -> Tensor:
         return torch.nn.functional.silu(g) * u

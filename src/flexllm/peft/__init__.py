@@ -1,0 +1,1 @@
+"""Bypass networks: every PEFT method that is served and trained, one file each."""

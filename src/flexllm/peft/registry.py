@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flexllm.config import LoraConfig
 from flexllm.model.config import ModelConfig
+from flexllm.peft.base import method_of
+from flexllm.peft.config import PeftConfig
 from flexllm.peft.io import load_adapter
 from flexllm.peft.pool import AdapterPool, AdapterSlot, PoolFullError
 
@@ -29,16 +31,17 @@ class AdapterRegistry:
     model: ModelConfig
     pool: AdapterPool
     max_resident: int
+    refresh: Callable[[AdapterSlot], None]  # recomputes what an adapter's buffers derive from its parameters and the base weights
     _by_name: dict[str, _Version] = field(default_factory=dict)
     _by_slot: dict[int, _Version] = field(default_factory=dict)
     _clock: int = 0
 
     def register(self, name: str, path: str | Path) -> None:
         """Check the PEFT folder against the model (ValueError) and make it known under `name`, replacing what was."""
-        adapter = load_adapter(path)
-        adapter.check_against(self.model)
-        if adapter.config.r > self.pool.capacity:
-            raise ValueError(f"adapter {name!r} has rank {adapter.config.r}; this server holds {self.pool.capacity} rank rows in all")
+        config = load_adapter(path).fitted(self.model).config
+        rank = method_of(config).rank(config)
+        if rank > self.pool.capacity:
+            raise ValueError(f"adapter {name!r} has rank {rank}; this server holds {self.pool.capacity} rank rows in all")
         self.unregister(name)
         self._by_name[name] = _Version(Path(path))
 
@@ -61,10 +64,10 @@ class AdapterRegistry:
             raise ValueError(f"unknown adapter {name!r}")
         version = self._by_name[name]
         if version.slot is None:
-            adapter = load_adapter(version.path)
-            adapter.check_against(self.model)
+            adapter = load_adapter(version.path).fitted(self.model)
             version.slot = self._allocate(adapter.config)
             self.pool.write(version.slot, adapter.tensors)
+            self.refresh(version.slot)
             self._by_slot[version.slot.id] = version
         version.users += 1
         self._clock += 1
@@ -78,11 +81,11 @@ class AdapterRegistry:
         if version.retired:
             self._evict_if_idle(version)
 
-    def allocate_for_training(self, config: LoraConfig) -> AdapterSlot:
+    def allocate_for_training(self, config: PeftConfig) -> AdapterSlot:
         """A zeroed slot of a job's own; idle serving adapters make room. The job frees it in the pool."""
         return self._allocate(config)
 
-    def _allocate(self, config: LoraConfig) -> AdapterSlot:
+    def _allocate(self, config: PeftConfig) -> AdapterSlot:
         while True:
             try:
                 if len(self._by_slot) < self.max_resident:
@@ -91,7 +94,7 @@ class AdapterRegistry:
                 pass
             idle = [v for v in self._by_slot.values() if v.users == 0]
             if not idle:
-                raise PoolFullError(f"no room for an adapter of rank {config.r}: all {self.resident} resident ones are in use")
+                raise PoolFullError(f"no room for another adapter: all {self.resident} resident ones are in use")
             self._evict_if_idle(min(idle, key=lambda v: v.last_used))
 
     def _evict_if_idle(self, version: _Version) -> None:

@@ -117,12 +117,14 @@ class SlackFill:
         return True
 
     def _cohort(self, state: JobState) -> list[Sequence]:
-        """Sequences to go down together: the furthest along, and as many others as make up a large GEMM."""
+        """Sequences to go down together: the furthest along, and as many others of its save level as make up a large GEMM."""
         lowest = state.job.lowest_layer
         ready = [s for s in state.admitted.values() if s.forward_done and self._cursor(s)[0] >= lowest]
         cohort: list[Sequence] = []
         rows = 0
         for sequence in sorted(ready, key=lambda s: (self._cursor(s)[0], s.id)):
+            if cohort and sequence.level != cohort[0].level:
+                continue
             rows += sequence.length
             if cohort and rows > COHORT_ROWS:
                 break
@@ -138,7 +140,10 @@ class SlackFill:
             level = [(s, self._cursor(s)[1]) for s in cohort if self._cursor(s)[0] == layer]
             whole = sum(row for _, row in level)
             limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
-            rows = self._latency.most_backward_rows(self.features, partial(_last_pairs, level), limit, self._budget)
+            first = cohort[0]
+            layers = layer - first.lowest_of_slice(layer) + 1
+            weight = layers * first.save_level.cost
+            rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
             if rows < min(limit, MIN_ROWS):
                 if self._is_forced:
                     rows = min(limit, MIN_ROWS)
@@ -156,8 +161,8 @@ class SlackFill:
         state.waited = 0
         for part in item.parts:
             done = part.start == 0
-            self._cursors[part.sequence.id] = (item.layer - 1, part.sequence.length) if done else (item.layer, part.start)
-        self._charge(state, PlanFeatures(backward_rows=item.rows, backward_pairs=item.pairs, backward_slices=1))
+            self._cursors[part.sequence.id] = (item.lowest - 1, part.sequence.length) if done else (item.layer, part.start)
+        self._charge(state, PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1))
 
     def _completes_group(self, state: JobState) -> bool:
         lowest = state.job.lowest_layer
@@ -197,5 +202,5 @@ def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]
         n -= end
 
 
-def _last_pairs(level: list[tuple[Sequence, int]], n: int) -> int:
-    return sum(part.pairs for part in _last_rows(level, n))
+def _last_pairs(level: list[tuple[Sequence, int]], layers: int, n: int) -> int:
+    return layers * sum(part.pairs for part in _last_rows(level, n))

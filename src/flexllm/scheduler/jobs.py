@@ -115,6 +115,7 @@ class JobTable:
     def add(self, job: FinetuneJob) -> None:
         """Raises ValueError if a sequence of the job could never be held. A job whose steps are all done succeeds at once."""
         assert job.num_layers > job.lowest_layer >= 0, f"job {job.id} is not compiled"
+        assert job.levels, f"job {job.id} has no save level"
         if job.id in self._states:
             raise ValueError(f"job id {job.id!r} is in use")
         self._check_fits(job)
@@ -170,11 +171,21 @@ class JobTable:
             return None
         sequence = state.pending[0]
         spare = self._pool.num_free - self._promised() - self._watermark
-        if self._pool.blocks_for(sequence.length) > spare or not self._budget.reserve(_owner(sequence), _saved_bytes(sequence)):
+        if self._pool.blocks_for(sequence.length) > spare or not self._reserve(state, sequence):
             return None
         state.pending.popleft()
         state.admitted[sequence.id] = sequence
         return sequence
+
+    def _reserve(self, state: JobState, sequence: Sequence) -> bool:
+        """Bytes for a sequence at the fastest level that has them. A job with a sequence in flight rather waits for that one's
+        bytes than go to a slower level."""
+        slowest = max((q.level for q in state.admitted.values()), default=len(state.job.levels) - 1)
+        for level in range(slowest + 1):
+            sequence.level = level
+            if self._budget.reserve(_owner(sequence), _saved_bytes(sequence)):
+                return True
+        return False
 
     def rows_with_pages(self, sequence: Sequence) -> int:
         """Rows that could go forward now: those with pages, and those the pool has pages for above the watermark."""
@@ -259,9 +270,13 @@ class JobTable:
             raise ValueError(f"an example of {tokens} tokens does not fit in the K/V cache: {missing} tokens short")
         by_sequences = sum(_saved_bytes(q) for s in self._states.values() for q in s.admitted.values())
         tokens = max(job.lengths)
-        missing = tokens * job.bytes_per_token - (self._budget.free + by_sequences)
+        smallest = min(job.levels, key=lambda level: level.bytes_per_token)
+        missing = tokens * smallest.bytes_per_token - (self._budget.free + by_sequences)
         if missing > 0:
-            raise ValueError(f"the activations of an example of {tokens} tokens do not fit in the finetuning memory: {missing} bytes short")
+            raise ValueError(
+                f"the activations of an example of {tokens} tokens do not fit in the finetuning memory, at save level {smallest.name!r} "
+                f"neither: {missing} bytes short"
+            )
 
     def _catch_up(self, job: FinetuneJob) -> None:
         """A job that comes to the others starts level with them: it has no claim on time from before it was here."""
@@ -294,7 +309,7 @@ class JobTable:
             assert (sequence.layer, sequence.row) == (item.layer, part.end)
             sequence.row = part.start
             if sequence.row == 0:
-                sequence.layer, sequence.row = item.layer - 1, sequence.length
+                sequence.layer, sequence.row = item.lowest - 1, sequence.length
             if sequence.done:
                 self._complete(state, sequence)
 
@@ -346,7 +361,7 @@ def _owner(sequence: Sequence) -> str:
 
 def _saved_bytes(sequence: Sequence) -> int:
     """Validation goes forward only and saves nothing."""
-    return sequence.length * sequence.job.bytes_per_token if sequence.train else 0
+    return sequence.length * sequence.save_level.bytes_per_token if sequence.train else 0
 
 
 def _backward_done(state: JobState) -> int:

@@ -33,7 +33,7 @@ class PlanFeatures:
     prefill_pairs: int = 0  # query-key pairs of prefill and window rows
     sampled_rows: int = 0  # rows whose logits are computed and sampled
     label_rows: int = 0  # window rows that go through the loss
-    backward_rows: int = 0  # rows x layers
+    backward_rows: float = 0  # rows x layers, in rows that recompute nothing
     backward_pairs: int = 0  # query-key pairs x layers
     backward_slices: int = 0
     optimizer_steps: int = 0
@@ -91,7 +91,7 @@ def features_of(plan: StepPlan) -> PlanFeatures:
         prefill_pairs=prefill_pairs + sum(w.pairs for w in plan.windows),
         sampled_rows=sampled,
         label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
-        backward_rows=plan.backward_rows,
+        backward_rows=sum(s.cost for s in plan.backward),
         backward_pairs=sum(s.pairs for s in plan.backward),
         backward_slices=len(plan.backward),
         optimizer_steps=len(plan.optimizer_steps),
@@ -143,11 +143,12 @@ class LatencyModel:
 
         return _largest(limit, cost, budget)
 
-    def most_backward_rows(self, base: PlanFeatures, pairs: Callable[[int], int], limit: int, budget: float) -> int:
-        """Largest n <= limit such that `base` and a backward slice of n rows with pairs(n) query-key pairs take <= budget."""
+    def most_backward_rows(self, base: PlanFeatures, weight: float, pairs: Callable[[int], int], limit: int, budget: float) -> int:
+        """Largest n <= limit such that `base` and a backward slice of n rows, each costing `weight` of them, with pairs(n) query-key
+        pairs take <= budget."""
         per_row, per_pair, per_slice = self._linear[5:8]
         fixed = self._seconds(base) + self._drift * per_slice
-        return _largest(limit, lambda n: fixed + self._drift * (per_row * n + per_pair * pairs(n)), budget)
+        return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
     def error_quantile(self, q: float) -> float:
         """Quantile of measured / predicted - 1 over recent iterations; 0.1 before there are any."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from flexllm.config import LoraConfig
+from flexllm.peft.config import LoraConfig
 from flexllm.server.context import Context, get_context
 from flexllm.server.errors import bad_request, not_found
 from flexllm.server.files import find_file, show_page

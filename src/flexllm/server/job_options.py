@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexllm.config import FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
+from flexllm.peft.config import LoraConfig
 from flexllm.server.errors import bad_request
 from flexllm.server.wire import BASE_LEARNING_RATE, Hyperparameters, JobRequest, Peft, TrainingOptions
 

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from flexllm.config import FinetuneConfig, LoraConfig
+from flexllm.config import FinetuneConfig
+from flexllm.peft.config import LoraConfig
 
 
 class FileRecord(msgspec.Struct, kw_only=True):
