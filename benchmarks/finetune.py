@@ -24,12 +24,12 @@ import torch
 from bounds import MachineBounds, measure_bounds, training_flops
 from common import finish, interleave, log, paired_ratio, parser
 from flexllm.config import EngineConfig, FinetuneConfig, JobSpec
-from flexllm.peft.config import LoraConfig
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.llm import OFFLINE_SCHEDULER
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.loader import resolve_model
+from flexllm.peft.config import LoraConfig
 from processes import Peer
 
 RANK, ALPHA = 16, 32

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexllm.config import CacheConfig, EngineConfig, FinetuneConfig, JobSpec
-from flexllm.peft.config import LoraConfig
 from flexllm.core import FinishReason, JobStatus, Request, SamplingParams
 from flexllm.engine import Engine, OverloadedError
+from flexllm.peft.config import LoraConfig
 from flexllm.peft.pool import PoolFullError
 from tests.oracle.engines import SCHEDULER, Run, assert_idle, job_spec, open_engine, random_adapter, random_texts
 from tests.oracle.harness import VOCAB, random_hf_model

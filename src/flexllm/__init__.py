@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:  # lazy: `import flexllm` and the torch-free 
 
         return LLM
     if name == "LoraConfig":
-        from flexllm.config import LoraConfig
+        from flexllm.peft.config import LoraConfig
 
         return LoraConfig
     if name == "SamplingParams":

@@ -22,7 +22,7 @@ from flexllm.engine import Engine
 from flexllm.finetune.data import DataReport, tokenize_file
 from flexllm.model.config import ModelConfig
 from flexllm.model.tokenizer import IncrementalDetokenizer, Tokenizer
-from flexllm.peft.config import LoraConfig
+from flexllm.peft.config import LoraConfig, PeftConfig
 from flexllm.scheduler.latency import LatencyModel
 
 # Offline nobody waits for a token: iterations may be long, which is where the device is fastest.
@@ -48,7 +48,7 @@ class TrainedAdapter:
     """A finetuned adapter: a folder in PEFT's format, and how it came about. `generate(adapter=...)` takes it as it is."""
 
     path: Path
-    config: LoraConfig
+    config: PeftConfig
     report: DataReport  # what the data held, and what was left out
     history: tuple[JobEvent, ...] = field(repr=False)  # one `step` event per optimizer step, `validation` events between
 
@@ -206,7 +206,7 @@ class LLM:
     def finetune(
         self,
         data: str | Path | Sequence[Mapping[str, Any]],
-        peft: LoraConfig | None = None,
+        peft: PeftConfig | None = None,
         config: FinetuneConfig | None = None,
         *,
         output_dir: str | Path,
@@ -214,7 +214,8 @@ class LLM:
         init_adapter: str | Path | TrainedAdapter | None = None,
         callback: Callable[[JobEvent], None] | None = None,
     ) -> TrainedAdapter:
-        """Finetune an adapter and write it to `output_dir` (PEFT's format); checkpoints stand in folders beneath it.
+        """Finetune an adapter (`peft`: settings of any method, by default LoRA's) and write it to `output_dir`
+        (PEFT's format); checkpoints stand in folders beneath it.
 
         `data` and `valid` are JSONL files, or examples: {"messages": [...]}, {"prompt", "completion"} or {"text"}.
         `init_adapter` continues an adapter that exists. `callback` sees every event as it happens: one of kind `step`

@@ -217,7 +217,9 @@ def random_slices(sequences: list[Sequence], rng: random.Random, longest: int) -
         if not ready:
             break
         first = rng.choice(ready)
-        chosen = [s for s in ready if s is first or ((s.layer, s.job, s.level) == (first.layer, first.job, first.level) and rng.random() < 0.5)]
+        chosen = [
+            s for s in ready if s is first or ((s.layer, s.job, s.level) == (first.layer, first.job, first.level) and rng.random() < 0.5)
+        ]
         parts, layer = [], first.layer
         for s in chosen:
             start = max(0, s.row - rng.randint(1, longest))

@@ -14,7 +14,8 @@ METHODS = {
     "dora-some": LoraConfig(r=2, use_dora=True, target_modules=("k_proj", "o_proj", "up_proj")),
     "ia3": Ia3Config(),
     "ia3-all": Ia3Config(
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), feedforward_modules=("o_proj", "down_proj")
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        feedforward_modules=("o_proj", "down_proj"),
     ),
     "vera": VeraConfig(r=6),
     "bottleneck": BottleneckConfig(bottleneck=5),

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from flexllm.peft.config import LINEARS, LoraConfig
 from flexllm.files import StorageError
 from flexllm.model.config import ModelConfig
+from flexllm.peft.config import LINEARS, LoraConfig
 from flexllm.peft.io import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, load_adapter, save_adapter
 from tests.finetune.test_checkpoint import file_size_limit
 

@@ -22,7 +22,6 @@ from flexllm.finetune.window import IGNORED
 from flexllm.model.decoder import Decoder
 from flexllm.model.layer import site_shapes
 from flexllm.peft.base import Binding
-from flexllm.peft.config import PeftConfig, peft_settings
 from flexllm.peft.io import AdapterFile, load_adapter, save_adapter
 from flexllm.peft.pool import AdapterPool, AdapterSlot
 
@@ -210,13 +209,8 @@ def _initialise(spec: JobSpec, slot: AdapterSlot, pool: AdapterPool, model: Deco
         slot.method.initialise(spec.peft, name.removeprefix("layers."), tensor, generator, site_shapes(model.config))
     if spec.init_adapter:
         adapter = load_adapter(spec.init_adapter).fitted(model.config)
-        want, got = _shape(spec.peft), _shape(adapter.config)
+        want, got = spec.peft.tensors_depend_on, adapter.config.tensors_depend_on
         if want != got:
             raise ValueError(f"the initial adapter is {got}; the job asks for {want}")
         pool.write(slot, adapter.tensors)
     model.refresh_adapter(pool, slot)
-
-
-def _shape(config: PeftConfig) -> dict[str, Any]:
-    """The settings that an adapter's tensors depend on."""
-    return {k: v for k, v in peft_settings(config).items() if not k.endswith("dropout")}

@@ -31,9 +31,7 @@ class ActivationStore:
         """Make room for a layer's saved set, if it is not there yet."""
         if layer in self._layers or not saved:
             return
-        self._layers[layer] = {
-            t.name: torch.empty(self.length, t.stored_columns, dtype=self._dtype(t), device=self.device) for t in saved
-        }
+        self._layers[layer] = {t.name: torch.empty(self.length, t.stored_columns, dtype=self._dtype(t), device=self.device) for t in saved}
         self.bytes += sum(t.nbytes for t in self._layers[layer].values())
 
     def _dtype(self, tensor: SavedTensor) -> torch.dtype:

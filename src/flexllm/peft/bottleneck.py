@@ -42,7 +42,7 @@ class Bottleneck(PeftMethod):
     def apply(self, site: Site, p: Mapping[str, Proxy], t: Mapping[str, Any]) -> Proxy:
         z = site.x if "parallel" in site.features else site.y
         hidden = add_ranks(matmul_nt(z, p["down"]), p["down_bias"])
-        hidden.node.meta.update(names=[f"{site.name}.hidden"], pooled=site.kind)
+        hidden.node.meta.update(names=[f"{site.name}.{site.kind}"], pooled=site.kind)
         u = scale_columns((relu if "relu" in site.features else silu)(hidden), t["mask"])
         return add_slot(add(site.y, matmul_nn(u, p["up"])), p["up_bias"], t["slot"])
 

@@ -18,9 +18,14 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class PeftConfig:
     """Base of all methods' settings. `target_modules` are the sites it attaches to (model/layer.py)."""
 
-    type: ClassVar[str]
+    type: str
     TARGETS: ClassVar[tuple[str, ...]] = LINEARS
     target_modules: tuple[str, ...]
+
+    def __new__(cls, *_args: Any, **_settings: Any) -> PeftConfig:
+        config = super().__new__(cls)
+        object.__setattr__(config, "type", cls.type)  # in the instance too, for serializers that look there alone
+        return config
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -30,6 +35,11 @@ class PeftConfig:
     @property
     def dropout(self) -> float:
         return 0.0
+
+    @property
+    def tensors_depend_on(self) -> dict[str, Any]:
+        """The settings that an adapter's tensors mean something with; dropout is a matter of training alone."""
+        return {k: v for k, v in peft_settings(self).items() if not k.endswith("dropout")}
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers that it adapts."""
@@ -60,7 +70,7 @@ def peft_config(values: Mapping[str, Any]) -> PeftConfig:
     types = peft_types()
     kind = given.pop("type", None) or "lora"
     require(kind in types, "peft.type", f"one of {', '.join(sorted(types))}", kind)
-    known = [f.name for f in fields(types[kind])]  # type: ignore[arg-type]
+    known = [f.name for f in fields(types[kind]) if f.init]  # type: ignore[arg-type]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{unknown[0]} is not a setting of {kind!r}; those are {', '.join(known)}")
@@ -70,11 +80,10 @@ def peft_config(values: Mapping[str, Any]) -> PeftConfig:
 def peft_settings(config: PeftConfig) -> dict[str, Any]:
     """The plain values that `peft_config` takes back."""
 
-
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
-    return {"type": config.type} | {f.name: plain(getattr(config, f.name)) for f in fields(config)}  # type: ignore[arg-type]
+    return {f.name: plain(getattr(config, f.name)) for f in fields(config)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class LoraConfig(PeftConfig):
     regular expressions that match their end, with another rank or alpha there. `lora_dropout` acts in training alone.
     """
 
-    type: ClassVar[str] = "lora"
+    type: str = field(default="lora", init=False)
 
     r: int = 16
     lora_alpha: float = 32
@@ -145,7 +154,7 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 class Ia3Config(PeftConfig):
     """(IA)^3: outputs of the targets are scaled elementwise; of `feedforward_modules` among them, the inputs."""
 
-    type: ClassVar[str] = "ia3"
+    type: str = field(default="ia3", init=False)
     FEEDFORWARD: ClassVar[tuple[str, ...]] = ("o_proj", "down_proj")  # linears that share their input with no other
 
     target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
@@ -163,7 +172,7 @@ class Ia3Config(PeftConfig):
 class VeraConfig(PeftConfig):
     """y + b * (B (d * (A x))): A and B random, frozen and shared by all layers; the vectors d and b are trained."""
 
-    type: ClassVar[str] = "vera"
+    type: str = field(default="vera", init=False)
 
     r: int = 256
     target_modules: tuple[str, ...] = LINEARS
@@ -186,7 +195,7 @@ class BottleneckConfig(PeftConfig):
     """Bottleneck adapters as AdapterHub has them: up(f(down(z))) on the output z of a sublayer, added to it (serial), or on the
     sublayer's input (`is_parallel`). `target_modules`: after which sublayers; `bottleneck`: hidden size."""
 
-    type: ClassVar[str] = "bottleneck"
+    type: str = field(default="bottleneck", init=False)
     TARGETS: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     ACTIVATIONS: ClassVar[tuple[str, ...]] = ("relu", "silu")
 
@@ -215,7 +224,7 @@ class _VirtualTokens(PeftConfig):
 class PrefixConfig(_VirtualTokens):
     """Trained keys and values of virtual tokens before the prompt, in every layer."""
 
-    type: ClassVar[str] = "prefix_tuning"
+    type: str = field(default="prefix_tuning", init=False)
     TARGETS: ClassVar[tuple[str, ...]] = ("key", "value")
 
     num_virtual_tokens: int = 20  # type: ignore[misc]
@@ -229,7 +238,7 @@ class PrefixConfig(_VirtualTokens):
 class PromptConfig(_VirtualTokens):
     """Trained embeddings of virtual tokens before the prompt."""
 
-    type: ClassVar[str] = "prompt_tuning"
+    type: str = field(default="prompt_tuning", init=False)
     TARGETS: ClassVar[tuple[str, ...]] = ("embedding",)
 
     num_virtual_tokens: int = 20  # type: ignore[misc]

@@ -139,6 +139,7 @@ class AdapterPool:
     slots: dict[int, AdapterSlot] = field(default_factory=dict)
     _kinds: dict[str, _KindPool] = field(default_factory=dict)
     _bound: dict[tuple[Any, ...], tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
+    _declarations: dict[tuple[PeftMethod, frozenset[str], int], dict[str, Parameter]] = field(default_factory=dict)
     _next_id: int = 0
 
     # --------------------------------------------------------------------------------------------------- coming and going
@@ -165,12 +166,15 @@ class AdapterPool:
 
     def declared(self, slot: AdapterSlot) -> dict[str, Parameter]:
         """The parameters of one adapter at a layer that it adapts, by "<site>.<name>"."""
-        shapes = site_shapes(self.model)
-        found = {}
-        for site in SITES:
-            for name, p in slot.method.parameters(site, *shapes[site], slot.rank, slot.features).items():
-                found[f"{site}.{name}"] = p
-        return found
+        return self._declared(slot.method, slot.features, slot.rank)
+
+    def _declared(self, method: PeftMethod, features: frozenset[str], rank: int = 1) -> dict[str, Parameter]:
+        key = (method, features, rank)
+        if key not in self._declarations:
+            shapes = site_shapes(self.model)
+            found = {site: method.parameters(site, *shapes[site], rank, features) for site in SITES}
+            self._declarations[key] = {f"{site}.{name}": p for site, parameters in found.items() for name, p in parameters.items()}
+        return self._declarations[key]
 
     # ------------------------------------------------------------------------------------------------------- one adapter
     def write(self, slot: AdapterSlot, tensors: Mapping[str, Tensor]) -> None:
@@ -218,7 +222,9 @@ class AdapterPool:
             slots = {o.slot.id: o.slot for o in group}.values()
             start, end = min(s.start for s in slots), max(s.end for s in slots)
             features = frozenset().union(*(s.features for s in slots))
-            bindings.append(Binding(kind, next(iter(slots)).method, features))
+            method = next(iter(slots)).method
+            self._kinds[kind].declare(self._declared(method, features))  # one may have at a site what another has at its sites
+            bindings.append(Binding(kind, method, features))
             first_rank[kind] = start
             ranges.append((kind, start, end))
             tables |= {f"{kind}.{name}": table for name, table in self._tables(group, num_rows, start, end, features).items()}

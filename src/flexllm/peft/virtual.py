@@ -28,9 +28,7 @@ class _VirtualTokens(PeftMethod):
     def apply(self, site: Site, p: Mapping[str, Proxy], t: Mapping[str, Any]) -> Proxy:
         return replace_rows(site.y, p["tokens"], t["rows"])
 
-    def initialise(
-        self, config: Any, name: str, tensor: Tensor, generator: Generator, shapes: Mapping[str, tuple[int, int]]
-    ) -> None:
+    def initialise(self, config: Any, name: str, tensor: Tensor, generator: Generator, shapes: Mapping[str, tuple[int, int]]) -> None:
         tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(std=self._spread, generator=generator))
 
     _spread = 1.0

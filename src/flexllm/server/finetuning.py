@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from flexllm.peft.config import LoraConfig
+from flexllm.peft.config import PeftConfig
 from flexllm.server.context import Context, get_context
 from flexllm.server.errors import bad_request, not_found
 from flexllm.server.files import find_file, show_page
@@ -171,7 +171,7 @@ def _usable_file(context: Context, file_id: str, param: str) -> FileRecord:
     return record
 
 
-def _adapter_shape(adapter: AdapterRecord) -> LoraConfig:
+def _adapter_shape(adapter: AdapterRecord) -> PeftConfig:
     from flexllm.peft.io import load_adapter  # loads torch
 
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flexllm.config import FinetuneConfig
-from flexllm.peft.config import LoraConfig
+from flexllm.peft.config import PeftConfig, peft_config, peft_settings
 from flexllm.server.errors import bad_request
 from flexllm.server.wire import BASE_LEARNING_RATE, Hyperparameters, JobRequest, Peft, TrainingOptions
 
@@ -21,11 +21,11 @@ AUTO_EPOCHS = (3, 10)
 @dataclass(frozen=True)
 class JobOptions:
     finetune: FinetuneConfig
-    peft: LoraConfig
+    peft: PeftConfig
     learning_rate_multiplier: float
 
 
-def resolve_options(body: JobRequest, *, examples: int, seed: int, max_model_len: int | None, continued: LoraConfig | None) -> JobOptions:
+def resolve_options(body: JobRequest, *, examples: int, seed: int, max_model_len: int | None, continued: PeftConfig | None) -> JobOptions:
     """The settings of a job, every `auto` resolved. `continued` is the shape of the adapter it goes on from, if it does.
 
     Raises a 400 that names the field.
@@ -51,12 +51,12 @@ def resolve_options(body: JobRequest, *, examples: int, seed: int, max_model_len
             raise bad_request(f"max_seq_length must be at most the model's context, {max_model_len}, got {length}", "max_seq_length")
     try:
         finetune = FinetuneConfig(num_epochs=epochs, batch_size=batch_size, seed=seed, **given)
-        peft = LoraConfig(**peft_given) if continued is None else replace(continued, **peft_given)
+        peft = peft_config((peft_settings(continued) if continued else {}) | peft_given)
     except ValueError as error:
         name = str(error).split()[0]
         wire_name = WIRE_NAMES.get(name, name)
         raise bad_request(str(error).replace(name, wire_name, 1), wire_name) from None
-    if continued is not None and (peft.r, peft.scale, peft.target_modules) != (continued.r, continued.scale, continued.target_modules):
+    if continued is not None and peft.tensors_depend_on != continued.tensors_depend_on:
         raise bad_request("peft must match the fine-tuned model that the job continues; leave it out", "peft")
     return JobOptions(finetune, peft, multiplier)
 
@@ -70,7 +70,7 @@ def show_method(options: JobOptions) -> dict[str, Any]:
         "supervised": {
             "hyperparameters": show_hyperparameters(options)
             | {name: getattr(finetune, name) for name in names if name != "learning_rate"}
-            | {"peft": {name: getattr(peft, name) for name in Peft.model_fields if hasattr(peft, name)}}
+            | {"peft": peft_settings(peft)}
         },
     }
 

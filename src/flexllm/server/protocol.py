@@ -13,6 +13,7 @@ import msgspec
 
 from flexllm.config import JobSpec
 from flexllm.core import JobEvent, SamplingParams, TokenOutput
+from flexllm.peft.config import PeftConfig, peft_config
 
 
 # ------------------------------------------------------------------------------------------------------ server -> engine
@@ -131,8 +132,15 @@ def _plain(value: Any) -> Any:
     raise NotImplementedError(f"{type(value).__name__} cannot be sent")
 
 
+def peft_from_plain(wanted: type, value: Any) -> Any:
+    """msgspec's hook for a PEFT method's settings, whose class their `type` names."""
+    if wanted is PeftConfig:
+        return peft_config(value)
+    raise NotImplementedError(f"{wanted.__name__} cannot be received")
+
+
 def decode_command(data: bytes) -> Command:
-    return msgspec.msgpack.decode(data, type=Command)
+    return msgspec.msgpack.decode(data, type=Command, dec_hook=peft_from_plain)
 
 
 def decode_message(data: bytes) -> Message:

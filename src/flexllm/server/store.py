@@ -19,7 +19,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from flexllm.config import FinetuneConfig
-from flexllm.peft.config import LoraConfig
+from flexllm.peft.config import PeftConfig
+from flexllm.server.protocol import peft_from_plain
 
 
 class FileRecord(msgspec.Struct, kw_only=True):
@@ -43,7 +44,7 @@ class JobRecord(msgspec.Struct, kw_only=True):
     status: str  # validating_files | queued | running | paused | succeeded | failed | cancelled
     seed: int
     finetune: FinetuneConfig
-    peft: LoraConfig
+    peft: PeftConfig
     learning_rate_multiplier: float
     validation_file: str | None = None
     suffix: str | None = None
@@ -163,7 +164,7 @@ class Table(Generic[Record]):
         return record.id, getattr(record, self._owner), msgspec.json.encode(record).decode()
 
     def _decode(self, row: tuple[str]) -> Record:
-        return msgspec.json.decode(row[0], type=self._type)
+        return msgspec.json.decode(row[0], type=self._type, dec_hook=peft_from_plain)
 
 
 class Store:

@@ -179,18 +179,15 @@ class TrainingOptions(Wire):
 
 
 class Peft(TrainingOptions):
-    """PEFT's names; the defaults are those of `config.LoraConfig`."""
+    """A method's settings under PEFT's names (peft/config.py checks them, and refuses what the method does not have)."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: str | None = None
-    r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    target_modules: list[str] | None = None
-    use_rslora: bool | None = None
 
     def peft_options(self) -> dict[str, Any]:
-        names = set(Peft.model_fields) - set(TrainingOptions.model_fields)
-        return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        given = {"type": self.type, **(self.model_extra or {})}
+        return {name: value for name, value in sorted(given.items()) if value is not None}
 
 
 class Hyperparameters(TrainingOptions):
