@@ -12,46 +12,56 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flexllm.cli.options import DEFAULT_MODEL, Model, model_ref
-from flexllm.peft.config import LINEARS, LoraConfig
+from flexllm.cli.options import DEFAULT_MODEL, Model, PeftSettings, PeftType, Rank, TargetModules, model_ref, peft_from_options
 
 if TYPE_CHECKING:
     from flexllm.compiler.report import CompileReport
     from flexllm.model.config import ModelConfig
 
-STYLES = {"kept": "yellow", "recomputed": "cyan", "paged": "green", "pruned": "dim"}
+STYLES = {"kept": "yellow", "compressed": "magenta", "recomputed": "cyan", "paged": "green", "pruned": "dim"}
 
 
 def compile(
     model: Model = DEFAULT_MODEL,
-    peft: Annotated[str, typer.Option(help="PEFT method; lora.")] = "lora",
-    r: Annotated[int, typer.Option("--r", help="LoRA rank.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LINEARS),
+    peft: PeftType = "lora",
+    target_modules: TargetModules = None,
+    r: Rank = None,
+    settings: PeftSettings = None,
     save_level: Annotated[
-        str, typer.Option(help="keep: everything the backward reads; recompute: what is not cheap to rebuild.")
-    ] = "recompute",
+        str, typer.Option(help="auto: all levels; or one of keep, recompute, checkpoint, segments, kv.")
+    ] = "auto",
     seq_length: Annotated[int, typer.Option(help="Tokens of a training sequence, for the totals.", min=1)] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences held at once, for the totals.", min=1)] = 1,
     config: Annotated[Path | None, typer.Option(help="A config.json instead of MODEL: no weights are needed.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write memory against time of all levels as a picture (.png, .svg).")] = None,
+    graph: Annotated[Path | None, typer.Option(help="Write the layer's graph, coloured by decision, as a picture (.svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Show what training keeps of each layer: every candidate tensor, kept, recomputed or pruned, bytes per token, and why.
 
     \b
     flexllm compile default --peft lora
-    flexllm compile ./my-model --peft lora --target-modules down_proj --save-level keep
-    flexllm compile --config Llama-3.1-8B/config.json --seq-length 8192 --json
+    flexllm compile ./my-model --peft lora --target-modules down_proj --save-level checkpoint
+    flexllm compile --config Llama-3.1-8B/config.json --peft prefix_tuning --set num_virtual_tokens=32 --seq-length 8192 --json
+    flexllm compile default --plot levels.png --graph layer.svg
     """
-    targets = tuple(t.strip() for t in target_modules.split(",") if t.strip())
-    lora = LoraConfig(type=peft, r=r, target_modules=targets)
+    adapter = peft_from_options(peft, target_modules, settings, r=r)
     model_config = _model_config(model, config)
 
     from flexllm.compiler.report import compile_report
 
-    report = compile_report(model_config, lora, save_level, seq_length)
+    report = compile_report(model_config, adapter, save_level, seq_length, batch)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report)))
     else:
         _print(report)
+    if plot is not None or graph is not None:
+        from flexllm.cli import draw
+
+        if plot is not None:
+            draw.levels(compile_report(model_config, adapter, "auto", seq_length, batch), plot)
+        if graph is not None:
+            draw.layer(model_config, adapter, save_level, seq_length, graph)
 
 
 def _model_config(model: str, config: Path | None) -> ModelConfig:
@@ -66,7 +76,8 @@ def _model_config(model: str, config: Path | None) -> ModelConfig:
 
 
 def _print(report: CompileReport) -> None:
-    view = Table(title=report.title, caption="One layer; bytes and FLOPs per token, bf16.")
+    console = Console(highlight=False)
+    view = Table(title=report.title, caption=f"One layer at level {report.level}; bytes and FLOPs per token, bf16.")
     view.add_column("tensor", no_wrap=True)
     view.add_column("bytes", justify="right")
     view.add_column("decision")
@@ -76,16 +87,22 @@ def _print(report: CompileReport) -> None:
         extra = f"{row.extra_flops:,.0f}" if row.extra_flops else ""
         decision = Text(row.decision, style=STYLES[row.decision])
         view.add_row(row.tensor, f"{row.bytes_per_token:,}", decision, extra, row.reason)
-    console = Console(highlight=False)
     console.print(view)
-    share = report.extra_flops_per_token / report.backward_flops_per_token
-    for line in (
-        f"kept in a layer         {report.layer_bytes_per_token:,} bytes per token",
-        f"kept in all layers      {report.bytes_per_token:,} bytes per token, {_size(report.total_bytes)} for {report.seq_length} tokens",
-        f"K/V pages, there anyway {report.kv_bytes_per_token:,} bytes per token",
-        f"recomputation           {report.extra_flops_per_token:,.0f} FLOPs per token, {share:.2%} of the backward",
-    ):
-        console.print(line)
+    tokens = f"{report.batch} x {report.seq_length} tokens" if report.batch > 1 else f"{report.seq_length} tokens"
+    levels = Table(title="Levels", caption="All layers. Saved: between forward and backward. Gradients: on their way down, with dK/dV.")
+    for heading in ("level", "saved B/token", "gradients B/token", tokens, "extra FLOPs", "backward time"):
+        levels.add_column(heading, justify="left" if heading == "level" else "right")
+    for level in report.levels:
+        levels.add_row(
+            level.level,
+            f"{level.saved_bytes:,}",
+            f"{level.gradient_bytes:,}",
+            _size(level.total_bytes),
+            f"{level.extra_flops_share:+.1%}",
+            f"x {level.relative_time:.2f}",
+        )
+    console.print(levels)
+    console.print(f"K/V pages, there anyway: {report.kv_bytes_per_token:,} bytes per token")
     console.print("gradients that nobody needs:")
     for dropped in report.dropped_gradients:
         console.print(f"  {dropped}", soft_wrap=True)

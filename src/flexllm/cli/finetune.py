@@ -1,4 +1,4 @@
-"""`flexllm finetune`: train a LoRA adapter offline."""
+"""`flexllm finetune`: train an adapter offline."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexllm.cli.offline import load_llm
-from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Threads
+from flexllm.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    MaxModelLen,
+    Model,
+    PeftSettings,
+    PeftType,
+    Rank,
+    TargetModules,
+    Threads,
+    peft_from_options,
+)
 from flexllm.config import FinetuneConfig
 from flexllm.core import JobEvent
-from flexllm.peft.config import LINEARS, LoraConfig
 
 
 def finetune(
@@ -40,11 +51,15 @@ def finetune(
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. \\[default: one epoch]", show_default=False)
     ] = None,
-    r: Annotated[int, typer.Option("--r", help="LoRA rank.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="LoRA scale is lora_alpha / r.")] = 32.0,
-    target_modules: Annotated[str, typer.Option(help="Linears to adapt, separated by commas.")] = ",".join(LINEARS),
+    peft: PeftType = "lora",
+    r: Rank = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA scale is lora_alpha / r. \\[default: 32]", show_default=False)] = None,
+    target_modules: TargetModules = None,
+    settings: PeftSettings = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Continue this adapter (PEFT folder; same rank and targets).")] = None,
-    save_level: Annotated[str, typer.Option(help="keep or recompute cheap activations; see `flexllm compile`.")] = "recompute",
+    save_level: Annotated[
+        str, typer.Option(help="What training keeps: auto, keep, recompute, checkpoint, segments or kv; see `flexllm compile`.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the order and of the initial weights.")] = 0,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Take the examples in the order of the file.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Write a JSON line per optimizer step to this file.")] = None,
@@ -53,7 +68,7 @@ def finetune(
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
 ) -> None:
-    """Train a LoRA adapter of MODEL and write it to a folder in PEFT's format.
+    """Train an adapter of MODEL and write it to a folder in PEFT's format.
 
     A line of the data is {"messages": [{"role", "content"}, ...]} (loss on the assistant's turns), {"prompt", "completion"}
     or {"text"}. A line of --log-json has step, loss, tokens, labels, grad_norm and learning_rate.
@@ -61,9 +76,11 @@ def finetune(
     \b
     flexllm finetune default --data train.jsonl -o ./adapter --valid valid.jsonl
     flexllm finetune ./my-model --data train.jsonl -o ./adapter --r 8 --lora-alpha 16 --target-modules q_proj,v_proj
+    flexllm finetune default --data train.jsonl -o ./adapter --peft lora --set use_dora=true
+    flexllm finetune default --data train.jsonl -o ./adapter --peft prefix_tuning --set num_virtual_tokens=32
     flexllm finetune default --data more.jsonl -o ./adapter2 --init-adapter ./adapter --max-steps 100
     """
-    peft = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=tuple(t.strip() for t in target_modules.split(",") if t.strip()))
+    peft_settings = peft_from_options(peft, target_modules, settings, r=r, lora_alpha=lora_alpha)
     config = FinetuneConfig(
         learning_rate=learning_rate,
         lr_schedule=lr_schedule,
@@ -90,7 +107,7 @@ def finetune(
         load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=max_model_len) as llm,
         _reporter(log_json) as report,
     ):
-        adapter = llm.finetune(data, peft, config, output_dir=output, valid=valid, init_adapter=init_adapter, callback=report)
+        adapter = llm.finetune(data, peft_settings, config, output_dir=output, valid=valid, init_adapter=init_adapter, callback=report)
     losses = adapter.losses
     typer.echo(f"{len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}; adapter in {adapter.path}")
 
