@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -185,6 +186,7 @@ class FinetuneConfig:
 class EngineConfig:
     model: str | None = None  # a folder, a .gguf file or a hub id; None: the default model
     dtype: str = "auto"
+    quantization: str | None = None  # format of the decoder's linears: q8_0 | q4_0 | q4_1; None: dtype
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads of the engine process
     max_model_len: int | None = None  # None: the model's own
@@ -197,6 +199,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        known = self.quantization is None or self.quantization in QUANTIZATIONS
+        _require(known, "quantization", f"one of {', '.join(QUANTIZATIONS)}", self.quantization)
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2", self.max_model_len)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from flexllm.ops.native import attention, low_rank, rowwise
+from flexllm.ops.quantized import QuantizedWeight
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
@@ -41,19 +42,21 @@ class CpuKernels(ReferenceKernels):
         _keep_freed_memory()
 
     # ------------------------------------------------------------------------------------------------------- linear
-    def pack_linear(self, weight: Tensor) -> LinearWeight:
-        return LinearWeight(weight, PackedWeight(_pack(weight)) if _packable(weight.dtype) else None)
+    def pack_linear(self, weight: Tensor | QuantizedWeight) -> LinearWeight:
+        if isinstance(weight, QuantizedWeight) or not _packable(weight.dtype):
+            return LinearWeight(weight)
+        return LinearWeight(weight, PackedWeight(_pack(weight)))
 
     def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
         if w.packed is None:
-            return linear(x, w.weight, bias)
+            return super().linear(x, w, bias)
         return _packed_linear(x, w.packed.forward, bias)
 
     def linear_dx(self, dy: Tensor, w: LinearWeight) -> Tensor:
         if w.packed is None or not self.pack_backward:
-            return dy @ w.weight
+            return super().linear_dx(dy, w)
         if w.packed.backward is None:
-            w.packed.backward = _pack(w.weight.t().contiguous())
+            w.packed.backward = _pack(w.dense().t().contiguous())
         return _packed_linear(dy, w.packed.backward, None)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
