@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexllm.cli.offline import load_llm
-from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Threads
+from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Quantization, Threads
 from flexllm.config import LORA_TARGETS, FinetuneConfig, LoraConfig
 from flexllm.core import JobEvent
 
@@ -48,6 +48,7 @@ def finetune(
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Take the examples in the order of the file.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Write a JSON line per optimizer step to this file.")] = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -86,7 +87,7 @@ def finetune(
             raise ValueError(f"no such file: {path}")
 
     with (
-        load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=max_model_len) as llm,
+        load_llm(model, dtype=dtype, quantization=quantization, device=device, threads=threads, max_model_len=max_model_len) as llm,
         _reporter(log_json) as report,
     ):
         adapter = llm.finetune(data, peft, config, output_dir=output, valid=valid, init_adapter=init_adapter, callback=report)
