@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flexllm.ops.native import attention, low_rank, rowwise
+from flexllm.ops.native import attention, low_rank, quantized, rowwise
 from flexllm.ops.quantized import QuantizedWeight
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
+EXPAND_ROWS = 6  # up to here, expanding a quantized weight while it is used is faster than doing so first for a GEMM
 FEW_ROWS = 64  # up to here, what a call of oneDNN costs is more than a low-rank product itself
 SOFTMAX = 2**20  # of them at a time in fp32: these stay in cache
 
@@ -47,7 +48,14 @@ class CpuKernels(ReferenceKernels):
             return LinearWeight(weight)
         return LinearWeight(weight, PackedWeight(_pack(weight)))
 
+    def dense(self, w: LinearWeight) -> Tensor:
+        if isinstance(w.weight, QuantizedWeight) and w.weight.dtype == torch.bfloat16:
+            return quantized.dequantize(w.weight)
+        return super().dense(w)
+
     def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(w.weight, QuantizedWeight) and _native(x) and x.shape[0] <= EXPAND_ROWS:
+            return quantized.linear(x, w.weight, bias)
         if w.packed is None:
             return super().linear(x, w, bias)
         return _packed_linear(x, w.packed.forward, bias)
