@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,18 @@ def test_dequantizes_as_gguf_does(format: str, dtype: torch.dtype) -> None:
     assert quantized.nbytes * 8 == weight.numel() * BITS[format]
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 32), (21, 96), (300, 576)])  # one block; uneven; more than one thread's work
+@pytest.mark.parametrize("shape", [(1, 32), (21, 96), (300, 576)])  # one block; uneven; every thread's work
+@pytest.mark.usefixtures("three_threads")
 def test_kernels_dequantize_alike(format: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weight = QuantizedWeight.quantize(random_weight(*shape, dtype), format)
     dense, bias = weight.dense().double(), torch.randn(shape[0]).to(dtype)

@@ -31,7 +31,8 @@ def profile(
 ) -> None:
     """Show the latency model that the scheduler plans with: predicted seconds of an iteration by what it is made of.
 
-    The profile is taken at the first start (seconds) and kept in the state folder, per model, device, dtype and threads.
+    The profile is taken at the first start (seconds) and kept in the state folder, per model, device, dtype,
+    quantization and threads.
 
     \b
     flexllm profile
