@@ -13,6 +13,7 @@ from flexllm.checks import require
 from flexllm.peft.config import LoraConfig, PeftConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 SAVE_LEVELS = ("auto", "keep", "recompute", "checkpoint", "segments", "kv")
@@ -157,6 +158,7 @@ class FinetuneConfig:
 class EngineConfig:
     model: str | None = None  # a folder, a .gguf file or a hub id; None: the default model
     dtype: str = "auto"
+    quantization: str | None = None  # format of the decoder's linears: q8_0 | q4_0 | q4_1; None: dtype
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads of the engine process
     max_model_len: int | None = None  # None: the model's own
@@ -169,6 +171,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        known = self.quantization is None or self.quantization in QUANTIZATIONS
+        require(known, "quantization", f"one of {', '.join(QUANTIZATIONS)}", self.quantization)
         require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2", self.max_model_len)

@@ -58,7 +58,7 @@ class Engine:
         self.model_folder, self.model_config = folder, ModelConfig.from_hf(folder)
         self.max_model_len = min(self.model_config.max_len, config.max_model_len or self.model_config.max_len)
         dtype = default_dtype(self.model_config, device) if config.dtype == "auto" else getattr(torch, config.dtype)
-        weights = load_weights(folder, self.model_config, dtype, device)
+        weights = load_weights(folder, self.model_config, dtype, device, config.quantization)
         self.model = Decoder(self.model_config, weights, select_kernels(device, config.reference_ops), self.max_model_len)
 
         m = self.model_config
@@ -289,7 +289,8 @@ class Engine:
         }
 
     def _profile_path(self) -> Path:
-        key = (self.model_folder.name, self.model.device.type, str(self.model.dtype).removeprefix("torch."), torch.get_num_threads())
+        dtype = str(self.model.dtype).removeprefix("torch.") + (f"-{self.config.quantization}" if self.config.quantization else "")
+        key = (self.model_folder.name, self.model.device.type, dtype, torch.get_num_threads())
         return self.config.state_dir / "profiles" / ("-".join(map(str, key)).replace("/", "_") + ".json")
 
     @torch.no_grad()

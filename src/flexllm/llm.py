@@ -61,7 +61,8 @@ class TrainedAdapter:
 class LLM:
     """A model in this process.
 
-    `model` is a folder, a .gguf file or a Hugging Face id; None is the default model. `config` replaces every other
+    `model` is a folder, a .gguf file or a Hugging Face id; None is the default model. `quantization` (q8_0, q4_0 or q4_1) is
+    the format of the decoder's linears; adapters are served and finetuned on them as they are. `config` replaces every other
     argument. Raises ValueError for a model that cannot be loaded. Use it as a context manager, or call `close`.
     """
 
@@ -70,6 +71,7 @@ class LLM:
         model: str | None = None,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
         device: str = "auto",
         threads: int | None = None,
         max_model_len: int | None = None,
@@ -79,6 +81,7 @@ class LLM:
         self.config = config or EngineConfig(
             model=model,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             threads=threads,
             max_model_len=max_model_len,

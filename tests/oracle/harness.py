@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import peft
@@ -65,11 +66,11 @@ FAMILIES = {
 }
 
 
-def random_hf_model(family: str, folder: Path, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
-    """A random model of the family, saved into `folder`; every parameter random, norms and biases too."""
+def random_hf_model(family: str, folder: Path, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    """A random model of the family, saved into `folder`; every parameter random, norms and biases too. `overrides` are of its config."""
     torch.manual_seed(seed)
     cls, extra = FAMILIES[family]
-    model = transformers.AutoModelForCausalLM.from_config(cls(**{**SMALL, **extra}), attn_implementation="sdpa").to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**{**SMALL, **extra, **overrides}), attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name else 0.0))  # about 1 / sqrt(hidden size)
@@ -110,6 +111,7 @@ class Bench:
     dtype: torch.dtype
     reference_ops: bool = False
     num_blocks: int = 64
+    quantization: str | None = None
     model: Decoder = field(init=False)
     trainer: Trainer = field(init=False)
 
@@ -117,7 +119,8 @@ class Bench:
         config = ModelConfig.from_hf(self.folder)
         device = torch.device("cpu")
         kernels = select_kernels(device, self.reference_ops)
-        self.model = Decoder(config, load_weights(self.folder, config, self.dtype, device), kernels, 256)
+        weights = load_weights(self.folder, config, self.dtype, device, self.quantization)
+        self.model = Decoder(config, weights, kernels, 256)
         self.cache = KVCache(config.num_layers, self.num_blocks, 16, config.num_kv_heads, config.head_dim, self.dtype, device)
         self.pool = AdapterPool(config, 128, self.dtype, device)
         self.blocks = BlockPool(self.num_blocks, 16)

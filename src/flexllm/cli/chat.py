@@ -16,6 +16,7 @@ from flexllm.cli.options import (
     MaxModelLen,
     MaxTokens,
     Model,
+    Quantization,
     Seed,
     Temperature,
     Threads,
@@ -35,6 +36,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -49,7 +51,7 @@ def chat(
 
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=max_model_len) as llm:
+    with load_llm(model, dtype=dtype, quantization=quantization, device=device, threads=threads, max_model_len=max_model_len) as llm:
         while (line := _read_line()) is not None:
             if line == "/reset":
                 messages = list(opening)

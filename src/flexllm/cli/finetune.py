@@ -22,6 +22,7 @@ from flexllm.cli.options import (
     Model,
     PeftSettings,
     PeftType,
+    Quantization,
     Rank,
     TargetModules,
     Threads,
@@ -64,6 +65,7 @@ def finetune(
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Take the examples in the order of the file.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Write a JSON line per optimizer step to this file.")] = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -104,7 +106,7 @@ def finetune(
             raise ValueError(f"no such file: {path}")
 
     with (
-        load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=max_model_len) as llm,
+        load_llm(model, dtype=dtype, quantization=quantization, device=device, threads=threads, max_model_len=max_model_len) as llm,
         _reporter(log_json) as report,
     ):
         adapter = llm.finetune(data, peft_settings, config, output_dir=output, valid=valid, init_adapter=init_adapter, callback=report)

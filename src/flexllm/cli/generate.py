@@ -18,6 +18,7 @@ from flexllm.cli.options import (
     MaxModelLen,
     MaxTokens,
     Model,
+    Quantization,
     Seed,
     Temperature,
     Threads,
@@ -41,6 +42,7 @@ def generate(
     seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt: prompt, text, finish_reason, tokens.")] = False,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -55,7 +57,7 @@ def generate(
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=tuple(stop or ()), seed=seed)
     prompts = _prompts(prompt or [], file)
 
-    with load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=max_model_len) as llm:
+    with load_llm(model, dtype=dtype, quantization=quantization, device=device, threads=threads, max_model_len=max_model_len) as llm:
         inputs = [llm.chat_prompt([{"role": "user", "content": p}]) for p in prompts] if chat else prompts
         completions = llm.generate(inputs, sampling, adapter=adapter)
     for text, completion in zip(prompts, completions, strict=True):

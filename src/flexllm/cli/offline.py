@@ -25,7 +25,7 @@ def loading_progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
 
 
-def load_llm(model: str, *, dtype: str, device: str, threads: int | None, max_model_len: int | None) -> LLM:
+def load_llm(model: str, *, dtype: str, quantization: str | None, device: str, threads: int | None, max_model_len: int | None) -> LLM:
     """The model that a command line names, with progress shown while it loads and its latency profile is taken."""
     from flexllm.llm import LLM  # brings torch
 
@@ -33,6 +33,7 @@ def load_llm(model: str, *, dtype: str, device: str, threads: int | None, max_mo
         return LLM(
             model_ref(model),
             dtype=dtype,
+            quantization=quantization,
             device=device,
             threads=threads,
             max_model_len=max_model_len,

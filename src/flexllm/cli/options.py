@@ -17,6 +17,9 @@ Model = Annotated[
 ]
 Adapter = Annotated[Path | None, typer.Option(help="Folder of an adapter in PEFT's format.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64; auto is bfloat16 where the device has it.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="Hold the decoder's linears as q8_0, q4_0 or q4_1. \\[default: as --dtype]", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine. \\[default: one per core]", show_default=False)]
 MaxModelLen = Annotated[int | None, typer.Option(help="Context limit in tokens. \\[default: the model's]", show_default=False)]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexllm.cli.offline import load_llm
-from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Threads
+from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Quantization, Threads
 from flexllm.scheduler.latency import PlanFeatures
 
 if TYPE_CHECKING:
@@ -25,18 +25,20 @@ def profile(
     max_rows: Annotated[int, typer.Option(help="Largest batch of the table.", min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table and the coefficients as one JSON object.")] = False,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Show the latency model that the scheduler plans with: predicted seconds of an iteration by what it is made of.
 
-    The profile is taken at the first start (seconds) and kept in the state folder, per model, device, dtype and threads.
+    The profile is taken at the first start (seconds) and kept in the state folder, per model, device, dtype,
+    quantization and threads.
 
     \b
     flexllm profile
     flexllm profile ./my-model --dtype float32 --json
     """
-    with load_llm(model, dtype=dtype, device=device, threads=threads, max_model_len=None) as llm:
+    with load_llm(model, dtype=dtype, quantization=quantization, device=device, threads=threads, max_model_len=None) as llm:
         latency, layers = llm.latency, llm.model_config.num_layers
     rows = [1 << i for i in range(max_rows.bit_length())]
     table = {n: {kind: latency.predict(features) for kind, features in iterations(n, layers).items()} for n in rows}

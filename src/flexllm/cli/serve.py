@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flexllm import config as settings
-from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Threads, model_ref
+from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Quantization, Threads, model_ref
 from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
 
 
@@ -37,6 +37,7 @@ def serve(
     adapter_dir: Annotated[Path | None, typer.Option(help="The one folder adapters may be loaded from.")] = None,
     max_adapters: Annotated[int, typer.Option(help="Adapters resident at once, serving and training.")] = 32,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -55,6 +56,7 @@ def serve(
     engine_config = EngineConfig(
         model=model_ref(model),
         dtype=dtype,
+        quantization=quantization,
         device=device,
         threads=threads,
         max_model_len=max_model_len,

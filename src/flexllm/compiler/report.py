@@ -141,7 +141,7 @@ def _readers(node: Node, live: frozenset[Node]) -> list[str]:
 
 
 def _is_read(node: Node, again: frozenset[Node]) -> bool:
-    return any(u in again and is_operator(u) or u.target is operator.getitem for u in node.users)
+    return any((u in again and is_operator(u)) or u.target is operator.getitem for u in node.users)
 
 
 def _name(node: Node) -> str:

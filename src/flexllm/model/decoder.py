@@ -145,7 +145,7 @@ class Decoder:
     def base_weight(self, layer: int, site: str) -> Tensor:
         """[out, in] of a linear, one of a merged GEMM's too."""
         merged = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-        weight = getattr(self.layers[layer], merged.get(site, site.removesuffix("_proj"))).weight
+        weight = getattr(self.layers[layer], merged.get(site, site.removesuffix("_proj"))).dense()
         if site not in merged:
             return weight
         sizes = {name: site_shapes(self.config)[name][0] for name in merged if merged[name] == merged[site]}

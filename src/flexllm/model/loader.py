@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,27 +18,35 @@ from torch import Tensor
 
 from flexllm.model import hub
 from flexllm.model.config import ModelConfig
+from flexllm.ops.quantized import QuantizedWeight
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _INIT_STD = 0.02
 
+Projection = TypeVar("Projection", Tensor, QuantizedWeight)
+
 
 @dataclass(eq=False, slots=True)
-class LayerWeights:
-    """One decoder layer; projections that read the same input are merged along their rows."""
+class LayerWeights(Generic[Projection]):
+    """One decoder layer; projections that read the same input are merged along their rows. Projections are Tensors or, quantized,
+    QuantizedWeights."""
 
     input_norm: Tensor  # [d]
-    qkv: Tensor  # [q + 2kv, d]: q, k, v
+    qkv: Projection  # [q + 2kv, d]: q, k, v
     qkv_bias: Tensor | None  # [q + 2kv]
     q_norm: Tensor | None  # [hd]
     k_norm: Tensor | None  # [hd]
-    o: Tensor  # [d, q]
+    o: Projection  # [d, q]
     post_norm: Tensor  # [d]
-    gate_up: Tensor  # [2f, d]: gate, up
-    down: Tensor  # [d, f]
+    gate_up: Projection  # [2f, d]: gate, up
+    down: Projection  # [d, f]
 
     def tensors(self) -> Iterator[Tensor]:
-        return (t for f in fields(self) if (t := getattr(self, f.name)) is not None)
+        for value in (getattr(self, f.name) for f in fields(self)):
+            if isinstance(value, QuantizedWeight):
+                yield from value.tensors()
+            elif value is not None:
+                yield value
 
 
 @dataclass(eq=False, slots=True)
@@ -97,26 +105,33 @@ def default_dtype(config: ModelConfig, device: torch.device | str) -> torch.dtyp
     return torch.bfloat16 if has_bf16 and config.torch_dtype != "float32" else torch.float32
 
 
-def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
-    """Read a Hugging Face folder tensor by tensor; at most one tensor is held besides the result.
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None
+) -> ModelWeights:
+    """Read a Hugging Face folder tensor by tensor; at most one tensor is held besides the result, or one layer if it is quantized.
 
-    Raises ValueError that names file and tensor for what is missing, truncated or of another shape.
+    `quantization` (q8_0, q4_0, q4_1) is of the projections. Raises ValueError that names file and tensor for what is missing,
+    truncated, of another shape, or cannot be quantized.
     """
-    weights = _empty(config, dtype, device)
+    weights = _empty(config, dtype, device, num_layers=0)
     with _Checkpoint(folder) as checkpoint:
         checkpoint.read("model.embed_tokens.weight", weights.embed)
         checkpoint.read("model.norm.weight", weights.final_norm)
         if not config.tie_embeddings:
             checkpoint.read("lm_head.weight", weights.lm_head)
-        for i, layer in enumerate(weights.layers):
+        for i in range(config.num_layers):
+            layer = _empty_layer(config, dtype, device)
             for name, out in _hf_parts(layer, config):
                 checkpoint.read(f"model.layers.{i}.{name}", out)
+            if quantization is not None:
+                _quantize_(layer, quantization, f"model.layers.{i}")
+            weights.layers.append(layer)
     return weights
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> ModelWeights:
     """A model of the right shapes that knows nothing: N(0, 0.02) matrices and biases, unit norms. For benchmarks and tests."""
-    weights = _empty(config, dtype, device)
+    weights = _empty(config, dtype, device, config.num_layers)
     generator = torch.Generator(device=device).manual_seed(seed)
     norms = [weights.final_norm]
     norms += [t for layer in weights.layers for t in (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm) if t is not None]
@@ -127,31 +142,43 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return weights
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
+def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, num_layers: int) -> ModelWeights:
+    embed = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    layers = [_empty_layer(config, dtype, device) for _ in range(num_layers)]
+    lm_head = embed if config.tie_embeddings else torch.empty_like(embed)
+    return ModelWeights(embed, layers, embed.new_empty(config.hidden_size), lm_head)
+
+
+def _empty_layer(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> LayerWeights[Tensor]:
     d, f, q, kv, hd = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size, config.head_dim
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    embed = new(config.vocab_size, d)
-    layers = [
-        LayerWeights(
-            input_norm=new(d),
-            qkv=new(q + 2 * kv, d),
-            qkv_bias=new(q + 2 * kv) if config.qkv_bias else None,
-            q_norm=new(hd) if config.qk_norm else None,
-            k_norm=new(hd) if config.qk_norm else None,
-            o=new(d, q),
-            post_norm=new(d),
-            gate_up=new(2 * f, d),
-            down=new(d, f),
-        )
-        for _ in range(config.num_layers)
-    ]
-    return ModelWeights(embed, layers, new(d), embed if config.tie_embeddings else new(config.vocab_size, d))
+    return LayerWeights(
+        input_norm=new(d),
+        qkv=new(q + 2 * kv, d),
+        qkv_bias=new(q + 2 * kv) if config.qkv_bias else None,
+        q_norm=new(hd) if config.qk_norm else None,
+        k_norm=new(hd) if config.qk_norm else None,
+        o=new(d, q),
+        post_norm=new(d),
+        gate_up=new(2 * f, d),
+        down=new(d, f),
+    )
 
 
-def _hf_parts(layer: LayerWeights, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _quantize_(layer: LayerWeights, format: str, name: str) -> None:
+    """Put the projections into blocks, one after the other. A row's blocks are its own: merged ones need no parting."""
+    for part in ("qkv", "o", "gate_up", "down"):
+        weight = getattr(layer, part)
+        try:
+            setattr(layer, part, QuantizedWeight.quantize(weight, format))
+        except ValueError as error:
+            raise ValueError(f"{name}.{part} {list(weight.shape)} cannot be quantized: {error}") from error
+
+
+def _hf_parts(layer: LayerWeights[Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """(name in the checkpoint, view of the tensor it fills) for every tensor of a layer."""
     qkv_rows = [config.q_size, config.kv_size, config.kv_size]
     projections = [f"self_attn.{p}_proj" for p in "qkv"]

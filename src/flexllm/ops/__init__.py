@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from flexllm.ops.quantized import QuantizedWeight
 from flexllm.ops.reference import LinearWeight, ReferenceKernels
 
-__all__ = ["LinearWeight", "ReferenceKernels", "select_kernels"]
+__all__ = ["LinearWeight", "QuantizedWeight", "ReferenceKernels", "select_kernels"]
 
 
 def select_kernels(device: torch.device, reference: bool = False) -> ReferenceKernels:

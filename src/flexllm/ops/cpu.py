@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flexllm.ops.native import attention, low_rank, rowwise
+from flexllm.ops.native import attention, low_rank, quantized, rowwise
+from flexllm.ops.quantized import QuantizedWeight
 from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**22  # at a time, in the model's type: 256 rows of a vocabulary of 49152
+EXPAND_ROWS = 6  # up to here, expanding a quantized weight while it is used is faster than doing so first for a GEMM
 FEW_ROWS = 64  # up to here, what a call of oneDNN costs is more than a low-rank product itself
 SOFTMAX = 2**20  # of them at a time in fp32: these stay in cache
 
@@ -41,19 +43,28 @@ class CpuKernels(ReferenceKernels):
         _keep_freed_memory()
 
     # ------------------------------------------------------------------------------------------------------- linear
-    def pack_linear(self, weight: Tensor) -> LinearWeight:
-        return LinearWeight(weight, PackedWeight(_pack(weight)) if _packable(weight.dtype) else None)
+    def pack_linear(self, weight: Tensor | QuantizedWeight) -> LinearWeight:
+        if isinstance(weight, QuantizedWeight) or not _packable(weight.dtype):
+            return LinearWeight(weight)
+        return LinearWeight(weight, PackedWeight(_pack(weight)))
+
+    def dense(self, w: LinearWeight) -> Tensor:
+        if isinstance(w.weight, QuantizedWeight) and w.weight.dtype == torch.bfloat16:
+            return quantized.dequantize(w.weight)
+        return super().dense(w)
 
     def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(w.weight, QuantizedWeight) and _native(x) and x.shape[0] <= EXPAND_ROWS:
+            return quantized.linear(x, w.weight, bias)
         if w.packed is None:
-            return linear(x, w.weight, bias)
+            return super().linear(x, w, bias)
         return _packed_linear(x, w.packed.forward, bias)
 
     def linear_dx(self, dy: Tensor, w: LinearWeight) -> Tensor:
         if w.packed is None or not self.pack_backward:
-            return dy @ w.weight
+            return super().linear_dx(dy, w)
         if w.packed.backward is None:
-            w.packed.backward = _pack(w.weight.t().contiguous())
+            w.packed.backward = _pack(w.dense().t().contiguous())
         return _packed_linear(dy, w.packed.backward, None)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexllm.ops.quantized import QuantizedWeight
+
 
 @dataclass(eq=False)
 class LinearWeight:
-    """A frozen weight [out, in] and, where the device gains by it, a packed copy of it."""
+    """A frozen weight [out, in], dense or in blocks, and, where the device gains by it, a packed copy of a dense one."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     packed: Any = None
 
     @property
     def shape(self) -> torch.Size:
         return self.weight.shape
+
+    def dense(self) -> Tensor:
+        """[out, in] in the model's type; of a quantized weight a new tensor at each call."""
+        return self.weight.dense() if isinstance(self.weight, QuantizedWeight) else self.weight
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,16 +59,20 @@ class ReferenceKernels:
     name = "reference"
 
     # ------------------------------------------------------------------------------------------------------- linear
-    def pack_linear(self, weight: Tensor) -> LinearWeight:
+    def pack_linear(self, weight: Tensor | QuantizedWeight) -> LinearWeight:
         return LinearWeight(weight)
+
+    def dense(self, w: LinearWeight) -> Tensor:
+        """The weight [out, in] that an ordinary GEMM takes."""
+        return w.dense()
 
     def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
         """x [N, in] -> [N, out]."""
-        return torch.nn.functional.linear(x, w.weight, bias)
+        return torch.nn.functional.linear(x, self.dense(w), bias)
 
     def linear_dx(self, dy: Tensor, w: LinearWeight) -> Tensor:
         """dy [N, out] -> dx [N, in]."""
-        return dy @ w.weight
+        return dy @ self.dense(w)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
         """x [N, in], w [R, in] -> x w^T [N, R]."""
