@@ -60,7 +60,7 @@ class EngineSteps:
 
 
 @contextmanager
-def finetuning(engine: Engine, examples: np.ndarray, folder: Path) -> Iterator[EngineSteps]:
+def finetuning(engine: Engine, examples: np.ndarray, folder: Path, save_level: str = "auto") -> Iterator[EngineSteps]:
     """A job over `examples` [count, rows + 1] of token ids, in their order, one per optimizer step."""
     count, width = examples.shape
     rows = width - 1
@@ -79,8 +79,9 @@ def finetuning(engine: Engine, examples: np.ndarray, folder: Path) -> Iterator[E
         shuffle=False,
         max_grad_norm=0.0,
         checkpoint_every=10**9,
+        save_level=save_level,
     )
-    job_id = f"bench-{rows}"
+    job_id = f"bench-{rows}-{save_level}"
     engine.add_job(JobSpec(job_id, str(path), str(folder / job_id), finetune=config, peft=LoraConfig(r=RANK, lora_alpha=ALPHA)))
     try:
         yield EngineSteps(engine, job_id)

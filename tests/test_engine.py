@@ -210,7 +210,7 @@ def test_job_refused(folder: Path, tmp_path: Path) -> None:
         "does not fit in the K/V cache": spec(tmp_path, "wide", (20, 250)),
         "no such tokenized dataset": dataclasses.replace(good, train_path=str(tmp_path / "nowhere.npz")),
         "damaged": dataclasses.replace(good, train_path=str(tmp_path / "broken.npz")),
-        "the job asks for r=4": dataclasses.replace(
+        "the job asks for {'type': 'lora', 'r': 4": dataclasses.replace(
             good, init_adapter=str(folder / "good"), peft=LoraConfig(r=4, target_modules=("q_proj",))
         ),
         "another base model": dataclasses.replace(good, init_adapter=str(folder / "foreign")),
@@ -345,7 +345,8 @@ def test_profile_is_taken_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     first = Engine(config, progress=lambda what, _: heard.append(what))
     assert {"loading the model", "measuring this machine", "ready"} <= set(heard)
     assert_goes_on(first)
-    (profile,) = (tmp_path / "profiles").iterdir()
+    profile, costs = sorted((tmp_path / "profiles").iterdir(), key=lambda p: len(p.name))
+    assert costs.name == profile.stem + ".costs.json"
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")

@@ -10,8 +10,9 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from flexllm.config import QUANTIZATIONS, FinetuneConfig, LoraConfig
+from flexllm.config import QUANTIZATIONS, FinetuneConfig
 from flexllm.core import JobStatus, Request, SamplingParams
+from flexllm.peft.config import LoraConfig
 from tests.oracle.engines import (
     Run,
     assert_idle,

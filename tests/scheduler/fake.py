@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import FinetuneJob, Request, SamplingParams, StepPlan, StepResult, TokenLogprob, TokenOutput
+from flexllm.core import FinetuneJob, Request, SamplingParams, SaveLevel, StepPlan, StepResult, TokenLogprob, TokenOutput
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.jobs import epoch_order
@@ -22,7 +22,7 @@ def make_request(request_id: str, prompt: int = 8, output: int = 4, arrival: flo
 
 
 def make_job(job_id: str, lengths: list[int], **settings: Any) -> FinetuneJob:
-    settings = {"group_size": 2, "num_layers": LAYERS, "lowest_layer": LOWEST, "bytes_per_token": 10, **settings}
+    settings = {"group_size": 2, "num_layers": LAYERS, "lowest_layer": LOWEST, "levels": (SaveLevel("recompute", 10),), **settings}
     return FinetuneJob(job_id, lengths, list(lengths), **settings)
 
 
@@ -74,7 +74,7 @@ class FakeEngine:
         """Whether every sequence of the job could be held when nothing else is."""
         longest = max([*job.lengths, *job.valid_lengths])
         fits = self.pool.blocks_for(longest) + 1 <= self.pool.num_blocks
-        return fits and max(job.lengths) * job.bytes_per_token <= self.budget.total
+        return fits and max(job.lengths) * min(level.bytes_per_token for level in job.levels) <= self.budget.total
 
     # --------------------------------------------------------------------------------------------------------- commands
     def add_request(self, request: Request) -> None:

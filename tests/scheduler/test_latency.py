@@ -117,7 +117,7 @@ def test_inverses_are_the_most_that_fits(budget):
 
     n = model.most_window_rows(base, 50, lambda n: n // 2, 500, budget)
     assert n == max([k for k in range(1, 501) if with_window(k) <= budget + 1e-12], default=0)
-    n = model.most_backward_rows(base, lambda n: n * n, 500, budget)
+    n = model.most_backward_rows(base, 1.0, lambda n: n * n, 500, budget)
     assert n == max([k for k in range(1, 501) if with_slice(k) <= budget + 1e-12], default=0)
 
 

@@ -25,6 +25,7 @@ from flexllm.ops.reference import ReferenceKernels
 from flexllm.peft.base import Binding
 
 MIXES = 4  # levels from one point of the hull to the next
+WORTH = 0.95  # a level takes at most this share of the bytes of the one before it
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,14 @@ class JobCompiler:
         self.kinds = [LayerKind(i in adapted, i == 0, i > self.lowest_layer) for i in range(self.lowest_layer, self.num_layers)]
         self.compilers = {k: LayerCompiler(config, binding, k, kernels, costs, context) for k in set(self.kinds)}
         self._frontiers = {k: c.remat.frontier() for k, c in self.compilers.items()}
-        self.ladder = self._ladder()
+        self._named = {plan.level.name: plan for plan in self._all()}
 
     # ----------------------------------------------------------------------------------------------------------- levels
     def levels(self, name: str) -> tuple[LevelPlan, ...]:
         """The levels for a `FinetuneConfig.save_level`: one, or for "auto" all from the fastest down."""
         if name == "auto":
-            return self.ladder
-        if name == "keep":
-            return (self._uniform("keep", {k: c.remat.keep() for k, c in self.compilers.items()}),)
-        return tuple(plan for plan in self.ladder if plan.level.name == name)
+            return self._ladder()
+        return (self._named[name],)
 
     def named(self, names: Sequence[str]) -> LevelPlan:
         """A level that saves the same named values in every layer, as far as the layer's backward needs any of them."""
@@ -97,26 +96,32 @@ class JobCompiler:
         return [n for n in names if n in known]
 
     def _ladder(self) -> tuple[LevelPlan, ...]:
+        """Levels each of which is worth its loss of time; of a model with few layers, some of those with a name fall away."""
+        plans = [plan for name, plan in self._named.items() if name != "keep"]
+        chosen = plans[:1]
+        for plan, after in zip(plans[1:], [*plans[2:], None], strict=True):
+            last = after is None or after.level.bytes_per_token >= plan.level.bytes_per_token
+            if plan.level.bytes_per_token < chosen[-1].level.bytes_per_token * (1.0 if last else WORTH):
+                chosen.append(plan)
+        return tuple(chosen)
+
+    def _all(self) -> list[LevelPlan]:
         main = max(self.compilers, key=self.kinds.count)
         points = self._frontiers[main]
-        plans = [self._uniform("recompute", {k: f[0] for k, f in self._frontiers.items()})]
+        keep = self._uniform("keep", {k: c.remat.keep() for k, c in self.compilers.items()})
+        plans = [keep, self._uniform("recompute", {k: f[0] for k, f in self._frontiers.items()})]
         for i in range(1, len(points)):
             price = (points[i].seconds - points[i - 1].seconds) / max(1, points[i - 1].bytes_per_token - points[i].bytes_per_token)
             before = plans[-1].choices
             after = self._at_price(price)
             for mix in range(1, MIXES + 1):
                 count = len(self.kinds) * mix // MIXES
-                name = "checkpoint" if i == len(points) - 1 and mix == MIXES else f"remat {i - 1 + mix / MIXES:g}"
+                name = f"remat {i - 1 + mix / MIXES:g}"
                 mixed = tuple(a if n < count else b for n, (a, b) in enumerate(zip(after, before, strict=True)))
                 plans.append(self._plan(name, mixed))
+        plans.append(self._uniform("checkpoint", {k: f[-1] for k, f in self._frontiers.items()}))
         depth = max(2, round(math.sqrt(len(self.kinds))))
-        plans += [self._segments("segments", depth), self._segments("kv", len(self.kinds))] if len(self.kinds) > 1 else []
-        # A level that is no smaller than a faster one is none: of a model with few layers, or few bytes, some fall away.
-        kept = plans[:1]
-        for plan in plans[1:]:
-            if plan.level.bytes_per_token < kept[-1].level.bytes_per_token or plan.level.name in ("checkpoint", "segments", "kv"):
-                kept.append(plan)
-        return tuple(kept)
+        return [*plans, self._segments("segments", depth), self._segments("kv", max(2, len(self.kinds)))]
 
     def _at_price(self, price: float) -> tuple[Choice, ...]:
         """Each layer's cheapest point at a price (seconds) per byte, of equals the smallest."""

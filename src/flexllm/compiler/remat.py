@@ -18,6 +18,7 @@ from flexllm.compiler.prune import PrunedBackward, is_row_value
 from flexllm.ops.operators import attend, is_operator
 
 ITEMSIZE = 2  # bf16: what costs are reckoned in
+SAVE_PASSES = 4  # saving a value writes it and reads it back; taking fresh memory for it costs about as much again
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ class Rematerialization:
         return self.costs.seconds(self.flops([op]), sum(columns) * ITEMSIZE)
 
     def _save_seconds(self, node: Node) -> float:
-        """Written once and read once."""
-        return self.costs.seconds(0.0, 2 * saved_tensor(node).bytes_per_token(ITEMSIZE))
+        return self.costs.seconds(0.0, SAVE_PASSES * saved_tensor(node).bytes_per_token(ITEMSIZE))
 
     # --------------------------------------------------------------------------------------------------------- frontier
     def frontier(self) -> list[Choice]:

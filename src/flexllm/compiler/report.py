@@ -76,7 +76,7 @@ def compile_report(config: ModelConfig, peft: PeftConfig, save_level: str, seq_l
     shown = job.levels("recompute" if save_level == "auto" else save_level)[0]
     main = max(job.compilers, key=job.kinds.count)
     compiler, choice = job.compilers[main], shown.choices[job.kinds.index(main)]
-    flops = job_flops(job, seq_length)
+    flops = job_flops(job)
     return CompileReport(
         title=f"{config.model_type}, {config.num_layers} layers, {peft.type} on {', '.join(peft.target_modules)}",
         level=shown.level.name,
@@ -91,7 +91,7 @@ def compile_report(config: ModelConfig, peft: PeftConfig, save_level: str, seq_l
     )
 
 
-def job_flops(job: JobCompiler, seq_length: int) -> float:
+def job_flops(job: JobCompiler) -> float:
     """Forward and backward of one token: all layers (the frozen ones below the lowest adapted forward only) and the head, twice."""
     total = 4.0 * job.config.hidden_size * job.config.vocab_size
     for kind in job.kinds:

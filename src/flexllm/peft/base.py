@@ -120,7 +120,7 @@ class Binding(NamedTuple):
 
 def peft_methods() -> dict[type[PeftConfig], PeftMethod]:
     """Every method whose class exists, by the type of its settings."""
-    return {cls.config_type: _instance(cls) for cls in _below(PeftMethod) if hasattr(cls, "config_type")}
+    return {cls.config_type: _instance(cls) for cls in _below(PeftMethod) if hasattr(cls, "config_type")}  # type: ignore[type-abstract]
 
 
 def method_of(config: PeftConfig) -> PeftMethod:

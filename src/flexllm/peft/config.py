@@ -5,6 +5,7 @@ A new method's settings are found by their `type` as soon as the class exists: n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -74,7 +75,32 @@ def peft_config(values: Mapping[str, Any]) -> PeftConfig:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{unknown[0]} is not a setting of {kind!r}; those are {', '.join(known)}")
+    for f in fields(types[kind]):  # type: ignore[arg-type]
+        if f.name in given:
+            _check_type(f.name, getattr(types[kind], f.name, {}), given[f.name])
     return types[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def _check_type(name: str, default: Any, value: Any) -> None:
+    """Whether a plain value is of its default's type; ValueError otherwise."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case bool():
+            require(isinstance(value, bool), name, "true or false", value)
+        case int():
+            require(number and isinstance(value, int), name, "an integer", value)
+        case float():
+            require(number and math.isfinite(value), name, "a number", value)
+        case str():
+            require(isinstance(value, str), name, "a string", value)
+        case tuple():
+            require(isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), name, "a list of strings", value)
+        case None:
+            integers = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+            require(value is None or integers, name, "a list of integers", value)
+        case _:
+            numbers = isinstance(value, Mapping) and all(isinstance(v, int | float) for v in value.values())
+            require(numbers, name, "an object of numbers", value)
 
 
 def peft_settings(config: PeftConfig) -> dict[str, Any]:
@@ -97,7 +123,7 @@ class LoraConfig(PeftConfig):
     type: str = field(default="lora", init=False)
 
     r: int = 16
-    lora_alpha: float = 32
+    lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = LINEARS
     use_rslora: bool = False

@@ -46,8 +46,9 @@ class Ia3(PeftMethod):
         return settings, files
 
     def read(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Ia3Config, dict[str, Tensor]]:
-        found = {}
-        feedforward, plain = set(), set()
+        found: dict[str, Tensor] = {}
+        feedforward: set[str] = set()
+        plain: set[str] = set()
         for name, tensor in tensors.items():
             match = _NAME.fullmatch(name)
             if match is None or match[2] not in LINEARS:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexllm.files import atomic_folder
 from flexllm.model.config import ModelConfig
 from flexllm.model.layer import site_shapes
+from flexllm.peft import methods as methods  # makes them known
 from flexllm.peft.base import Parameter, PeftMethod, method_of, peft_methods, refuse
 from flexllm.peft.config import PeftConfig
 

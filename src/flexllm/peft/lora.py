@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from flexllm.model.config import ModelConfig
 from flexllm.ops.operators import add, add_bias, dropout, matmul_nn, matmul_nt, mul_slot, scale_columns, scale_ranks
 from flexllm.peft.base import Parameter, PeftMethod, Site, module_name, refuse, uniform_
-from flexllm.peft.config import LINEARS, LoraConfig
+from flexllm.peft.config import LINEARS, LoraConfig, peft_config
 
 
 class Lora(PeftMethod):
@@ -134,16 +134,19 @@ class Lora(PeftMethod):
                 raise ValueError(f"{name!r} is no LoRA matrix of a supported target ({', '.join(LINEARS)})")
             found.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
         targets = {site for _, site in found}
-        config = LoraConfig(
-            r=settings.get("r", 8),
-            lora_alpha=settings.get("lora_alpha", 8),
-            target_modules=tuple(t for t in LINEARS if t in targets),
-            use_rslora=bool(settings.get("use_rslora", False)),
-            use_dora=bool(settings.get("use_dora", False)),
-            rank_pattern=settings.get("rank_pattern") or {},
-            alpha_pattern=settings.get("alpha_pattern") or {},
-            layers_to_transform=_layers(settings),
-        )
+        values = {
+            "type": "lora",
+            "r": settings.get("r", 8),
+            "lora_alpha": settings.get("lora_alpha", 8),
+            "target_modules": tuple(t for t in LINEARS if t in targets),
+            "use_rslora": bool(settings.get("use_rslora", False)),
+            "use_dora": bool(settings.get("use_dora", False)),
+            "rank_pattern": settings.get("rank_pattern") or {},
+            "alpha_pattern": settings.get("alpha_pattern") or {},
+            "layers_to_transform": _layers(settings),
+        }
+        config = peft_config(values)
+        assert isinstance(config, LoraConfig)
         return config, {k: v for key, parts in sorted(found.items()) for k, v in self._pooled(config, *key, parts).items()}
 
     def _pooled(self, config: LoraConfig, layer: int, site: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

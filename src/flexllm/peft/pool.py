@@ -216,7 +216,8 @@ class AdapterPool:
         by_kind: dict[str, list[Owner]] = {}
         for owner in owners:
             by_kind.setdefault(owner.slot.kind, []).append(owner)
-        bindings, first_rank, tables, ranges = [], {}, {}, []
+        bindings, first_rank, ranges = [], dict[str, int](), []
+        tables: dict[str, Any] = {}
         for kind in sorted(by_kind):
             group = by_kind[kind]
             slots = {o.slot.id: o.slot for o in group}.values()

@@ -274,8 +274,8 @@ class JobTable:
         missing = tokens * smallest.bytes_per_token - (self._budget.free + by_sequences)
         if missing > 0:
             raise ValueError(
-                f"the activations of an example of {tokens} tokens do not fit in the finetuning memory, at save level {smallest.name!r} "
-                f"neither: {missing} bytes short"
+                f"the activations of an example of {tokens} tokens do not fit in the finetuning memory: {missing} bytes short at "
+                f"save level {smallest.name!r}, the smallest"
             )
 
     def _catch_up(self, job: FinetuneJob) -> None:

@@ -51,11 +51,14 @@ def resolve_options(body: JobRequest, *, examples: int, seed: int, max_model_len
             raise bad_request(f"max_seq_length must be at most the model's context, {max_model_len}, got {length}", "max_seq_length")
     try:
         finetune = FinetuneConfig(num_epochs=epochs, batch_size=batch_size, seed=seed, **given)
-        peft = peft_config((peft_settings(continued) if continued else {}) | peft_given)
     except ValueError as error:
         name = str(error).split()[0]
         wire_name = WIRE_NAMES.get(name, name)
         raise bad_request(str(error).replace(name, wire_name, 1), wire_name) from None
+    try:
+        peft = peft_config((peft_settings(continued) if continued else {}) | peft_given)
+    except ValueError as error:
+        raise bad_request(str(error), f"peft.{str(error).split()[0].removeprefix('peft.')}") from None
     if continued is not None and peft.tensors_depend_on != continued.tensors_depend_on:
         raise bad_request("peft must match the fine-tuned model that the job continues; leave it out", "peft")
     return JobOptions(finetune, peft, multiplier)
