@@ -42,7 +42,7 @@ class EngineSteps:
 
     def __init__(self, engine: Engine, job_id: str) -> None:
         self._engine = engine
-        self._job_id = job_id
+        self.job_id = job_id
         self.peak_activations = 0  # bytes
         self.losses: list[float] = []
 
@@ -53,7 +53,7 @@ class EngineSteps:
             result = self._engine.step()
             self.peak_activations = max(self.peak_activations, self._engine.stats()["memory"]["activations"])
             for event in result.events:
-                if event.kind == "step" and event.job_id == self._job_id:
+                if event.kind == "step" and event.job_id == self.job_id:
                     assert event.loss is not None
                     self.losses.append(event.loss)
                     return time.perf_counter() - start

@@ -408,6 +408,7 @@ class JobEvent:
     status: JobStatus | None = None
     path: str | None = None  # a checkpoint's folder
     message: str = ""
+    save_level: str = ""  # the deepest at which a sequence of this step was held
 
 
 @dataclass(frozen=True, slots=True)

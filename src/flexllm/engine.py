@@ -256,7 +256,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """For metrics and live views; cheap."""
         pages = self.blocks.num_blocks
-        held = sum(s.store.bytes for s in self.trainer.states.values())
+        held = sum(s.bytes for s in self.trainer.states.values())
         page_bytes = self.cache.bytes_per_block
         plan, result = self.last_step
         decode = sum(c.is_decode for c in plan.inference)
@@ -285,6 +285,7 @@ class Engine:
                 "finetune_budget": self.finetune_budget.total,
                 "optimizer": sum(t.optimizer.nbytes + t.ledger.nbytes for t in self.trainer.jobs.values()),
             },
+            "save_levels": {s.job.id: s.save_level.name for s in self.trainer.states if s.train},
             "finetune_tokens": {j: dict(t.phase_tokens) for j, t in self.trainer.jobs.items()},
         }
 

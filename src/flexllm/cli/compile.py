@@ -27,7 +27,9 @@ def compile(
     target_modules: TargetModules = None,
     r: Rank = None,
     settings: PeftSettings = None,
-    save_level: Annotated[str, typer.Option(help="auto: all levels; or one of keep, recompute, checkpoint, segments, kv.")] = "auto",
+    save_level: Annotated[
+        str, typer.Option(help="auto: all levels; or one of those: keep, recompute, checkpoint, segments, kv, ...")
+    ] = "auto",
     seq_length: Annotated[int, typer.Option(help="Tokens of a training sequence, for the totals.", min=1)] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences held at once, for the totals.", min=1)] = 1,
     config: Annotated[Path | None, typer.Option(help="A config.json instead of MODEL: no weights are needed.")] = None,

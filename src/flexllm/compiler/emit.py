@@ -18,14 +18,19 @@ from torch.fx import Node
 
 from flexllm.compiler.prune import PrunedBackward, is_row_value
 from flexllm.compiler.remat import read_by
-from flexllm.ops.operators import Operator, add, is_operator, linear, linear_dx, matmul_nn, split
+from flexllm.ops.operators import Operator, add, concat, is_operator, linear, linear_dx, matmul_nn, split
 from flexllm.ops.reference import ReferenceKernels
 
 
 @dataclass(frozen=True)
 class Emitted:
+    """`live_columns`: elements per row of the values that are alive together at most, arguments and what `s` holds left out;
+    `attention_columns`: the same while attention runs, which has a working memory of its own."""
+
     source: str
     function: Callable[..., Any]
+    live_columns: int
+    attention_columns: int
 
 
 def emit_forward(backward: PrunedBackward, kernels: ReferenceKernels, saves: Iterable[str] = ()) -> Emitted:
@@ -100,6 +105,11 @@ def reachable(backward: PrunedBackward, saved: set[Node]) -> set[Node]:
     return live
 
 
+def is_sum_over_rows(node: Node) -> bool:
+    """A parameter's gradient, which has no row per token."""
+    return isinstance(node.target, Operator) and node.target.shard == "reduce"
+
+
 def results_of(node: Node) -> list[Node]:
     """The values an operator makes: itself, or the items of its tuple. An item makes nothing."""
     if not is_operator(node):
@@ -118,6 +128,7 @@ class _Body:
     inputs: set[Node] = field(default_factory=set)
     last_use: dict[str, int] = field(default_factory=dict)
     folded: set[Node] = field(default_factory=set)
+    made: list[tuple[int, str, int, str | None]] = field(default_factory=list)  # (line, name, columns, the value it is a view of)
     live: set[Node] | None = None  # None: every node of the graph
 
     def users(self, node: Node) -> list[Node]:
@@ -149,12 +160,43 @@ class _Body:
         self.lines.append(f"{self._results(node)} = {call}")
         for name in self._results(node).split(", "):
             self.last_use.setdefault(name, len(self.lines) - 1)
+        self._note_sizes(node)
 
     def _results(self, node: Node) -> str:
         if not isinstance(node.meta["columns"], tuple):
             return self.ref(node)
         items = {u.args[1]: self.ref(u) for u in self.users(node) if u.target is operator.getitem}
         return ", ".join(items.get(i, "_") for i in range(len(node.meta["columns"])))
+
+    def _note_sizes(self, node: Node) -> None:
+        """What an operator's results take; those of `split`, and halves put together again, are views."""
+        whole = node.all_input_nodes[0] if node.all_input_nodes else node
+        halves = node.target is concat and all(n.target is operator.getitem for n in node.all_input_nodes)
+        view_of = self.ref(whole) if node.target is split or halves else None
+        for value in results_of(node):
+            if value in self.users(node) or value is node:
+                columns = 0 if is_sum_over_rows(node) else value.meta["columns"]
+                self.made.append((len(self.lines) - 1, self.ref(value), columns, view_of))
+
+    def _live_columns(self, dying: dict[int, list[str]]) -> tuple[int, int]:
+        """The most elements per row that are alive after any line, and after a line with attention."""
+        owner: dict[str, str] = {}  # the value whose memory a name stands for
+        size: dict[str, int] = {}
+        most, most_with_attention, made = 0, 0, iter(sorted(self.made, key=lambda m: m[0]))
+        pending = next(made, None)
+        for line in range(len(self.lines)):
+            while pending is not None and pending[0] == line:
+                _, name, columns, view_of = pending
+                owner[name] = owner.get(view_of, name) if view_of is not None else name
+                size.setdefault(owner[name], columns)
+                pending = next(made, None)
+            alive = sum(size[o] for o in set(owner.values()))
+            most = max(most, alive)
+            if "ctx.attend" in self.lines[line]:
+                most_with_attention = max(most_with_attention, alive)
+            for name in dying.get(line, ()):
+                owner.pop(name, None)
+        return most, most_with_attention
 
     def _read(self, arg: Any) -> str:
         name = self.ref(arg)
@@ -184,7 +226,9 @@ class _Body:
         products = [t for t in terms if t in self.folded]
         plain = sorted((t for t in terms if t not in self.folded), key=lambda t: not self._is_fresh(t))
         name = self.ref(node)
+        view_of = None
         if plain and self._is_fresh(plain[0]):
+            view_of = self.ref(plain[0])
             self.lines.append(f"{name} = {self._read(plain[0])}")
         elif len(plain) >= 2:
             self.lines.append(f"{name} = ops.add({self._read(plain[0])}, {self._read(plain[1])})")
@@ -196,6 +240,7 @@ class _Body:
             first = products.pop(0)
             self.lines.append(f"{name} = ops.matmul_nn({', '.join(self._read(a) for a in first.args)})")
         self.last_use[name] = len(self.lines) - 1
+        self.made.append((len(self.lines) - 1, name, node.meta["columns"], view_of))
         for term in plain[1:]:
             self.lines.append(f"ops.add_({name}, {self._read(term)})")
         for product in products:
@@ -227,4 +272,4 @@ class _Body:
         source = "\n".join(text) + "\n"
         scope: dict[str, Any] = {"ops": kernels}
         exec(compile(source, f"<flexllm {name}>", "exec"), scope)
-        return Emitted(source, scope[name])
+        return Emitted(source, scope[name], *self._live_columns(dying))

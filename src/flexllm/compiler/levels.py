@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flexllm.checks import require
 from flexllm.compiler.program import LayerBackward, LayerCompiler, LayerKind
 from flexllm.compiler.remat import Choice, DeviceCosts, SavedTensor, saved_tensor
 from flexllm.core import SaveLevel
@@ -81,9 +82,10 @@ class JobCompiler:
 
     # ----------------------------------------------------------------------------------------------------------- levels
     def levels(self, name: str) -> tuple[LevelPlan, ...]:
-        """The levels for a `FinetuneConfig.save_level`: one, or for "auto" all from the fastest down."""
+        """The levels for a `FinetuneConfig.save_level`: one, or for "auto" all from the fastest down. ValueError: no such level."""
         if name == "auto":
             return self._ladder()
+        require(name in self._named, "save_level", f"one of auto, {', '.join(self._named)}", name)
         return (self._named[name],)
 
     def named(self, names: Sequence[str]) -> LevelPlan:

@@ -155,6 +155,7 @@ class TrainingJob:
             labels=sums.labels,
             grad_norm=grad_norm,
             learning_rate=rate,
+            save_level=self.job.levels[max(s.level for s in self.job.group)].name,
         )
 
     def checkpoint_due(self, step: int) -> bool:

@@ -134,6 +134,18 @@ class CpuKernels(ReferenceKernels):
             return super().window_attention_backward(do, q, k, v, o, lse, scale)
         return attention.window_attention_backward(do, q, k, v, lse, scale)
 
+    # ------------------------------------------------------------------- what these hold while they run (compiler/workspace.py)
+    def attention_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+        return 4 * (2 * s * heads * hd + 3 * b * kv_heads * hd) + 4 * b * kv_heads * hd
+
+    def attention_backward_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+        """Queries, dO and dQ in fp32; K twice, V, and dK and dV of each thread; the gathered K and V."""
+        return 4 * (3 * s * heads * hd + (5 + 2 * torch.get_num_threads()) * b * kv_heads * hd) + 4 * b * kv_heads * hd
+
+    def head_bytes(self, rows: int, vocab: int, hidden: int, itemsize: int) -> int:
+        chunk = min(rows, max(1, LOGITS // vocab))
+        return chunk * vocab * itemsize + 2 * min(chunk * vocab, SOFTMAX) * 4 + (rows + 2 * chunk) * hidden * itemsize
+
     # --------------------------------------------------------------------------------------------------------- loss
     def cross_entropy_head(
         self, h: Tensor, head: LinearWeight, labels: Tensor, grad_scale: float, backward: bool = True

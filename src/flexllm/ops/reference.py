@@ -279,6 +279,18 @@ class ReferenceKernels:
         visible = torch.arange(b, device=q.device)[None] <= torch.arange(b - s, b, device=q.device)[:, None]
         return scores.masked_fill(~visible, -math.inf)
 
+    # ------------------------------------------------------------------- what these hold while they run (compiler/workspace.py)
+    def attention_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+        """window_attention of s rows over b keys, what it reads and returns left out: scores, twice, and K and V for each head."""
+        return 4 * (2 * heads * s * b + 2 * heads * b * hd)
+
+    def attention_backward_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+        return 4 * (4 * heads * s * b + 6 * heads * b * hd)
+
+    def head_bytes(self, rows: int, vocab: int, hidden: int, itemsize: int) -> int:
+        """cross_entropy_head of `rows` rows: logits of a chunk in both types, and the gradient that it returns."""
+        return min(rows, 64) * vocab * (2 * max(4, itemsize) + itemsize) + rows * hidden * itemsize
+
     # --------------------------------------------------------------------------------------------------------- loss
     def cross_entropy_head(
         self, h: Tensor, head: LinearWeight, labels: Tensor, grad_scale: float, backward: bool = True
