@@ -139,20 +139,23 @@ def test_a_sequence_goes_to_the_level_that_fits_and_one_that_fits_nowhere_is_ref
     config = FinetuneConfig(learning_rate=1e-2, num_epochs=2, batch_size=2)
     roomy = Run(open_engine(tmp_path / "model"))
     roomy.engine.add_job(job_spec("job", tmp_path, texts, config, LoraConfig(r=4)))
-    levels = roomy.engine.trainer.jobs["job"].job.levels
+    job = roomy.engine.trainer.jobs["job"].job
+    levels, rows = job.levels, max(job.lengths)
     roomy.finish()
     assert {e.save_level for e in roomy.of("job")} == {"recompute"}
     for level in levels[1:]:
-        run = Run(open_engine(tmp_path / "model", finetune_bytes=60 * level.bytes_per_token))
+        run = Run(open_engine(tmp_path / "model", finetune_bytes=rows * level.bytes_per_token))
         run.engine.add_job(job_spec("job", tmp_path, texts, config, LoraConfig(r=4)))
         while not run.of("job"):
             run.step()
             held = run.engine.stats()["memory"]["activations"]
-            assert held <= 60 * level.bytes_per_token, "what is held was reserved"
+            assert held <= rows * level.bytes_per_token, "what is held was reserved"
         run.finish()
         assert {e.save_level for e in run.of("job")} == {level.name}
         assert run.losses("job") == pytest.approx(roomy.losses("job"), rel=1e-4)
-    short = Run(open_engine(tmp_path / "model", finetune_bytes=60 * levels[-1].bytes_per_token - 1))
-    with pytest.raises(ValueError, match=f"60 tokens do not fit in the finetuning memory: 1 bytes short at save level '{levels[-1].name}'"):
+    short = Run(open_engine(tmp_path / "model", finetune_bytes=rows * levels[-1].bytes_per_token - 1))
+    with pytest.raises(
+        ValueError, match=f"{rows} tokens do not fit in the finetuning memory: 1 bytes short at save level '{levels[-1].name}'"
+    ):
         short.engine.add_job(job_spec("job", tmp_path, texts, config, LoraConfig(r=4)))
     assert not short.engine.trainer.jobs

@@ -280,11 +280,11 @@ class ReferenceKernels:
         return scores.masked_fill(~visible, -math.inf)
 
     # ------------------------------------------------------------------- what these hold while they run (compiler/workspace.py)
-    def attention_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+    def attention_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:  # noqa: ARG002
         """window_attention of s rows over b keys, what it reads and returns left out: scores, twice, and K and V for each head."""
         return 4 * (2 * heads * s * b + 2 * heads * b * hd)
 
-    def attention_backward_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:
+    def attention_backward_bytes(self, s: int, b: int, heads: int, kv_heads: int, hd: int) -> int:  # noqa: ARG002
         return 4 * (4 * heads * s * b + 6 * heads * b * hd)
 
     def head_bytes(self, rows: int, vocab: int, hidden: int, itemsize: int) -> int:

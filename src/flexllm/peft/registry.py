@@ -94,9 +94,8 @@ class AdapterRegistry:
                 pass
             idle = [v for v in self._by_slot.values() if v.users == 0]
             if not idle:
-                raise PoolFullError(
-                    f"no room for an adapter of rank {method_of(config).rank(config)}: all {self.resident} resident ones are in use"
-                )
+                rank = method_of(config).rank(config)
+                raise PoolFullError(f"no room for an adapter of rank {rank}: all {self.resident} resident ones are in use")
             self._evict_if_idle(min(idle, key=lambda v: v.last_used))
 
     def _evict_if_idle(self, version: _Version) -> None:
