@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from flexllm.compiler.prune import PrunedBackward, is_row_value
 from flexllm.compiler.remat import read_by
-from flexllm.ops.operators import Operator, add, concat, is_operator, linear, linear_dx, matmul_nn, split
+from flexllm.ops.operators import Operator, add, attend, concat, is_operator, linear, linear_dx, matmul_nn, split
 from flexllm.ops.reference import ReferenceKernels
 
 
@@ -58,7 +58,7 @@ def emit_forward(backward: PrunedBackward, kernels: ReferenceKernels, saves: Ite
 def emit_backward(backward: PrunedBackward, saved: Iterable[Node], kernels: ReferenceKernels) -> Emitted:
     """`saved`: the values that `s` holds; whatever else the gradients read is computed again."""
     saved = set(saved)
-    body = _Body(outputs=set(backward.outputs.values()), kept=set())
+    body = _Body(outputs=set(backward.outputs.values()), kept=set(), in_pages=True)
     body.names.update({node: f"s[{node.meta['names'][0]!r}]" for node in saved})
     body.inputs.update(saved)
     emitted: set[Node] = set(saved)
@@ -81,9 +81,6 @@ def emit_backward(backward: PrunedBackward, saved: Iterable[Node], kernels: Refe
                 body.last_use[body.ref(value)] = len(body.lines) - 1
 
     body.live = reachable(backward, saved)
-    in_pages = [n for n in backward.forward if n.meta.get("paged") and n not in body.live and n not in saved]
-    body.names.update(dict.fromkeys(in_pages, "None"))
-    body.inputs.update(in_pages)
     # In graph order, so that each gradient is complete (and its inputs can die) as early as reverse mode allows.
     for node in backward.joint.layer.graph.nodes:
         if node in backward.live:
@@ -123,6 +120,7 @@ class _Body:
 
     outputs: set[Node]
     kept: set[Node]  # values that are saved: never overwritten, never folded into a larger sum
+    in_pages: bool = False  # attention's keys and values are in the pages: it is given none
     lines: list[str] = field(default_factory=list)
     names: dict[Node, str] = field(default_factory=dict)
     inputs: set[Node] = field(default_factory=set)
@@ -156,8 +154,8 @@ class _Body:
             self._emit_sum(node)
             return
         target = f"ctx.{op.name}" if op.context else f"ops.{op.name}"
-        call = f"{target}({', '.join(self._read(a) for a in node.args)})"
-        self.lines.append(f"{self._results(node)} = {call}")
+        given = [self._read(node.args[0]), "None", "None"] if op is attend and self.in_pages else [self._read(a) for a in node.args]
+        self.lines.append(f"{self._results(node)} = {target}({', '.join(given)})")
         for name in self._results(node).split(", "):
             self.last_use.setdefault(name, len(self.lines) - 1)
         self._note_sizes(node)
@@ -251,11 +249,11 @@ class _Body:
         """A tensor (or a column slice) that nothing else reads, so that it may be written over."""
         if not self._single_use_in_add(node) or node in self.inputs:
             return False
-        source = node
-        if node.target is operator.getitem:
-            source = node.all_input_nodes[0]
-            return source.target is split and source.all_input_nodes[0].target is linear
-        return source.target in (linear, linear_dx)
+        if node.target is not operator.getitem:
+            return node.target in (linear, linear_dx)
+        whole = node.all_input_nodes[0].all_input_nodes[0]  # which its other columns and the result of a split share
+        shared = whole in self.kept or whole in self.inputs or len(self.users(whole)) > 1
+        return node.all_input_nodes[0].target is split and whole.target is linear and not shared
 
     # ------------------------------------------------------------------------------------------------------ compile
     def compile(self, name: str, arguments: str, kernels: ReferenceKernels) -> Emitted:

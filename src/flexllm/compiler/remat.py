@@ -81,7 +81,7 @@ def rebuilt_from(node: Node) -> list[Node] | None:
 
 def read_by(op: Node) -> list[Node]:
     """What an operator reads when the backward runs it: attention finds keys and values in the pages."""
-    return [a for a in op.all_input_nodes if not (op.target is attend and a.meta.get("paged"))]
+    return op.all_input_nodes[:1] if op.target is attend else op.all_input_nodes
 
 
 class Rematerialization:

@@ -208,8 +208,9 @@ scatter_rows: Operator = Operator(
 split: Operator = Operator(
     "split",  # (x, sizes)
     columns=lambda x, sizes: tuple(sizes),
-    backward=lambda a, out, g: (lambda: concat(*g), None),
+    backward=lambda a, out, g: (lambda: concat(*_with_zeros(g, a[1])), None),
 )
+zeros: Operator = Operator("zeros", columns=lambda like, columns: columns)  # as many rows as `like` has
 concat: Operator = Operator(
     "concat",
     columns=lambda *parts: sum(columns(p) for p in parts),
@@ -273,6 +274,12 @@ attend_backward: Operator = Operator(
     shard="head",
     context=True,
 )
+
+
+def _with_zeros(grads: Sequence[Proxy | None], sizes: Sequence[int]) -> list[Proxy]:
+    """The gradients of parts, some of which (but not all) nothing reads."""
+    known = next(g for g in grads if g is not None)
+    return [zeros(known, size) if g is None else g for g, size in zip(grads, sizes, strict=True)]
 
 
 def _both(op: Operator, args: tuple[Any, ...]) -> tuple[Gradient, ...]:

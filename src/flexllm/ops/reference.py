@@ -156,6 +156,10 @@ class ReferenceKernels:
         """Column views."""
         return x.split_with_sizes(sizes, -1)
 
+    def zeros(self, like: Tensor, columns: int) -> Tensor:
+        """[N, columns] for `like` [N, any]."""
+        return like.new_zeros(like.shape[0], columns)
+
     def concat(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, dim=-1)
 
