@@ -7,8 +7,10 @@ against the one that keeps everything.
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from finetune import EngineSteps, finetuning
 from flexllm.compiler.levels import JobCompiler, LevelPlan
 from flexllm.compiler.remat import ITEMSIZE
 from flexllm.compiler.report import job_flops, report_compiler
-from flexllm.compiler.workspace import peak_bytes
+from flexllm.compiler.workspace import PeakBytes, peak_bytes
 from flexllm.config import EngineConfig
 from flexllm.engine import Engine
-from flexllm.finetune.job import compile_backward
 from flexllm.llm import OFFLINE_SCHEDULER
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
 from flexllm.peft.config import BottleneckConfig, Ia3Config, LoraConfig, PeftConfig, PrefixConfig, PromptConfig, VeraConfig
+from flexllm.scheduler.fill import MAX_SLICE_ROWS
 from processes import Peer
 
 MODELS = ("llama-3.1-8b", "llama-3.1-70b")
@@ -49,7 +51,9 @@ MOST_EXTRA = 0.35  # of forward and backward FLOPs, for the level of the first t
 SLICE_ROWS = 512  # rows of a backward slice, whose values are alive while it runs
 FLOOR_ROWS = 4  # the same, and of a chunk of logits, where memory is all that counts
 HEAD_ROWS = 64  # rows of a chunk of logits
-LENGTH = 512  # of the measured sequences
+LENGTHS = (512, 1024, 2048)  # of the measured sequences
+SHARE = 0.12  # of what PEFT saves: what the level "fitting" may take at its peak
+LEVELS = ("recompute", "fitting", "checkpoint", "segments", "kv")
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -111,8 +115,6 @@ def _forward_share(job: JobCompiler, flops: float) -> float:
 
 
 def _config_folder(shape: str) -> Path:
-    import json
-
     folder = Path(tempfile.mkdtemp(prefix="flexllm-shape-"))
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
     return folder
@@ -139,36 +141,51 @@ def allocator_peak(work: Any) -> int:
     return most
 
 
-def measure_levels(engine: Engine, examples: np.ndarray, folder: Path, rounds: int, levels: list[str]) -> tuple[dict[str, Any], Any]:
-    """Peak bytes of a step, predicted and measured, and speed against "keep", by level."""
+def measure_levels(
+    engine: Engine, examples: np.ndarray, folder: Path, rounds: int, levels: Sequence[str], limit: float
+) -> tuple[dict[str, Any], Any]:
+    """Peak bytes of a step, predicted and measured, and speed against "keep", by level. "fitting": the fastest whose predicted
+    peak is at most `limit` bytes."""
     figures: dict[str, Any] = {}
     samples: dict[str, Any] = {}
-    job_compiler = None
-    for name in levels:
+    length = examples.shape[1] - 1
+    for asked in levels:
+        name = _fitting(engine, examples, folder, limit) if asked == "fitting" else asked
         with finetuning(engine, examples, folder, "keep") as keep, finetuning(engine, examples, folder, name) as other:
-            training = engine.trainer.jobs[other.job_id]
-            plan = training.levels[0]
-            job_compiler = job_compiler or compile_backward(engine.model, training.slot, LENGTH // 2)
+            plan = engine.trainer.jobs[other.job_id].levels[0]
             seconds = interleave({"keep": _alone(engine, keep, other), name: _alone(engine, other, keep)}, rounds)
             engine.pause_job(keep.job_id)
             measured = allocator_peak(other.step)
-        predicted = peak_bytes(plan.job, plan, engine.model.kernels, LENGTH, LENGTH, LENGTH)
+        predicted = _predicted(engine, plan, length)
         speed = paired_ratio(seconds["keep"], seconds[name])
-        figures[name] = {
+        figures[asked] = {
+            "level": name,
             "saved_bytes": predicted.saved,
             "predicted_bytes": predicted.total,
             "measured_bytes": measured,
             "predicted_vs_measured": predicted.total / measured,
             "speed_vs_keep": speed.median,
             "speed_vs_keep_spread": speed.as_dict(),
-            "extra_flops": plan.recomputed_flops,
         }
-        samples[name] = seconds
+        samples[asked] = seconds
         log(
-            f"{name:12} predicted {predicted.total / 1e6:6.1f} MB, measured {measured / 1e6:6.1f} MB "
+            f"{length} rows, {name:12} predicted {predicted.total / 1e6:6.1f} MB, measured {measured / 1e6:6.1f} MB "
             f"({predicted.total / measured:.3f}), speed {speed.median:.2f} of keep ({statistics.median(seconds[name]):.2f} s)"
         )
     return figures, samples
+
+
+def _fitting(engine: Engine, examples: np.ndarray, folder: Path, limit: float) -> str:
+    with finetuning(engine, examples, folder, "auto") as steps:
+        plans = engine.trainer.jobs[steps.job_id].levels
+    length = examples.shape[1] - 1
+    return next(p.level.name for p in plans if _predicted(engine, p, length).total <= limit)
+
+
+def _predicted(engine: Engine, plan: LevelPlan, length: int) -> PeakBytes:
+    window = engine.config.scheduler.max_window_rows
+    slices = -(-length // MAX_SLICE_ROWS)
+    return peak_bytes(plan.job, plan, engine.model.kernels, length, min(window, length), -(-length // slices))
 
 
 def _alone(engine: Engine, mine: EngineSteps, other: EngineSteps) -> Any:
@@ -192,27 +209,36 @@ def main() -> None:
     table(shapes)
 
     model = resolve_model(args.model)
-    levels = ["recompute", "remat 1", "remat 2", "checkpoint", "segments", *([] if args.quick else ["kv"])]
+    results: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         config = EngineConfig(
             model=str(model), dtype="bfloat16", device="cpu", threads=args.threads, scheduler=OFFLINE_SCHEDULER, state_dir=Path(scratch)
         )  # fmt: skip
         engine = Engine(config)
-        examples = np.random.default_rng(args.seed).integers(0, engine.model_config.vocab_size, (4, LENGTH + 1))
-        with Peer("hf_peft.py", "--model", str(model), "--rank", "16", "--alpha", "32", "--adapter-fp32", threads=args.threads) as peer:
-            hf = {c: peer.ask(ids=examples[0].tolist(), checkpointing=c, count=True)["saved_bytes"] for c in (False, True)}
-        measured, samples = measure_levels(engine, examples, Path(scratch), 2 if args.quick else 7, levels)
+        for length in LENGTHS[:1] if args.quick else LENGTHS:
+            examples = np.random.default_rng(args.seed).integers(0, engine.model_config.vocab_size, (4, length + 1))
+            peer_options = ["--model", str(model), "--rank", "16", "--alpha", "32", "--adapter-fp32"]  # as PEFT is by default
+            with Peer("hf_peft.py", *peer_options, threads=args.threads) as peer:
+                hf = {c: peer.ask(ids=examples[0].tolist(), checkpointing=c, count=True)["saved_bytes"] for c in (False, True)}
+            levels = LEVELS if length == LENGTHS[0] else ("fitting",)
+            rounds = 1 if args.quick else 5
+            measured, samples[str(length)] = measure_levels(engine, examples, Path(scratch), rounds, levels, SHARE * hf[False])
+            for figures in measured.values():
+                figures["share_of_peft"] = figures["measured_bytes"] / hf[False]
+            results[str(length)] = {
+                "peft_saved_bytes": hf[False],
+                "peft_checkpointing_saved_bytes": hf[True],
+                "levels": measured,
+            }
         engine.shutdown()
-    for figures in measured.values():
-        figures["share_of_peft"] = figures["measured_bytes"] / hf[False]
-    worst = max(measured.values(), key=lambda f: abs(f["predicted_vs_measured"] - 1))
+    everything = [f for r in results.values() for f in r["levels"].values()]
+    worst = max(everything, key=lambda f: abs(f["predicted_vs_measured"] - 1))
     fields = {
         "saving": {name: r["saving"] for name, r in shapes.items()},
         "saving_floor": {name: r["saving_floor"] for name, r in shapes.items()},
         "predicted_vs_measured": worst["predicted_vs_measured"],
-        "measured": measured,
-        "peft_saved_bytes": hf[False],
-        "peft_checkpointing_saved_bytes": hf[True],
+        "measured": results,
         "shapes": shapes,
     }
     finish("memory", args, fields, samples)

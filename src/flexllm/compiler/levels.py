@@ -25,8 +25,8 @@ from flexllm.model.config import ModelConfig
 from flexllm.ops.reference import ReferenceKernels
 from flexllm.peft.base import Binding
 
-MIXES = 4  # levels from one point of the hull to the next
-WORTH = 0.95  # a level takes at most this share of the bytes of the one before it
+MIXES = 8  # levels from one point of the hull to the next
+WORTH = 0.97  # a level takes at most this share of the bytes of the one before it
 
 
 @dataclass(frozen=True)
