@@ -232,7 +232,7 @@ def engine_logits(engine: Engine, ids: list[int], adapter: str | None = None) ->
     request = Request("probe", ids, SamplingParams(), 0.0, blocks=blocks, adapter_slot=slot)
     plan = StepPlan(inference=(InferenceChunk(request, 0, len(ids), True),))
     batch = FusedBatch.build(plan, engine.cache, engine.adapter_pool, engine.model.rope, {})
-    logits = engine.model.logits(engine.model.forward(batch, engine.cache, engine.adapter_pool))
+    logits = engine.model.logits(engine.model.forward(batch, engine.cache))
     engine.blocks.free(blocks)
     if adapter:
         engine.adapters.release(slot)
