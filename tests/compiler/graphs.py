@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ class Builder:
     def parameter(self, rows: int, width: int) -> Proxy:
         name = f"p{len(self.p)}"
         self.p[name] = self.random(rows, width)
-        proxy = self._placeholder(f'p["{name}"]', shape=(rows, width))
+        proxy = self._placeholder(f'p["{name}"]', shape=(rows, width), pooled="kind")
         self.parameters[name] = proxy.node
         return proxy
 
@@ -88,8 +89,8 @@ class Context:
         assert name not in self.saved
         self.saved[name] = value  # no copy: neither does a rebuilt segment
 
-    def save_pooled(self, _kind: str, name: str, value: Tensor) -> None:
-        self.save(name, value)
+    def save_pooled(self, _kind: str, name: str, value: Tensor, pack: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.save(name, pack(value) if pack else value)
 
     def gradient(self, name: str, value: Tensor) -> None:
         assert name not in self.gradients

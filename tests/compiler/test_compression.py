@@ -20,11 +20,11 @@ from flexllm.model.layer import tag
 from flexllm.ops.operators import add, attend, dropout, linear, matmul_nn, matmul_nt, relu
 from flexllm.ops.reference import dropout_factors
 from flexllm.peft.base import Binding, method_of
-from flexllm.peft.config import LINEARS, LoraConfig
+from flexllm.peft.config import LINEARS, BottleneckConfig, LoraConfig
 from flexllm.peft.pool import dropout_seeds
 from tests.compiler.graphs import HEAD_DIM, KERNELS, Builder, Layer, assert_same
 from tests.oracle.harness import Bench, oracle_gradients, peft_twin, random_hf_model
-from tests.oracle.test_gradients import make_examples, run_to_end
+from tests.oracle.test_gradients import compare, make_examples, run_to_end
 
 
 def bypass(b: Builder, x: Proxy, y: Proxy, width: int) -> Proxy:
@@ -68,6 +68,21 @@ def test_a_bit_is_a_sixteenth_of_bf16() -> None:
     bits = torch.randint(0, 256, (3, 8), dtype=torch.uint8)
     store.write(0, "r.bits", 5, bits)
     assert torch.equal(store.read(0, 5, 8)["r.bits"], bits)
+
+
+@pytest.mark.parametrize("level", ["keep", "recompute"])
+def test_adapters_in_one_batch_have_bits_of_their_own(level: str, tmp_path: Path) -> None:
+    """Their columns lie side by side in the fused forward, at no multiple of 8, and one has ReLUs where the other has none."""
+    hf = random_hf_model("llama", tmp_path / "model")
+    bench = Bench(tmp_path / "model", torch.float64)
+    configs = [BottleneckConfig(bottleneck=5, target_modules=("mlp",)), BottleneckConfig(bottleneck=11)]
+    examples = [make_examples([17], seed=1), make_examples([14, 6], seed=2)]
+    jobs = [bench.add_job(f"job{i}", examples[i], config, level, tmp_path) for i, config in enumerate(configs)]
+    for training in jobs:
+        assert any(t.name.endswith(".bits") and t.pooled for layer in training.program(0).layers for t in layer.saved)
+    run_to_end(bench, [s for training in jobs for s in bench.start(training)], random.Random(1), longest=7)
+    for training, data in zip(jobs, examples, strict=True):
+        compare(bench, hf, training, data, 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout

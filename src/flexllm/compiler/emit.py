@@ -45,6 +45,11 @@ def emit_forward(backward: PrunedBackward, kernels: ReferenceKernels, saves: Ite
     for node in layer.graph.nodes:
         if node not in body.live:
             continue
+        if node not in backward.joint.forward_nodes and node.meta["pooled"]:  # each adapter's columns are compressed on their own
+            source, pack = body.ref(node.args[0]), f"ops.{node.target.name}"  # type: ignore[union-attr]
+            body.lines.append(f"ctx.save_pooled({node.meta['pooled']!r}, {kept[node]!r}, {source}, {pack})")
+            body.last_use[source] = len(body.lines) - 1
+            continue
         body.emit(node)
         for value in results_of(node):
             if value in kept:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from flexllm.compiler.autodiff import JointGraph
-from flexllm.ops.operators import is_operator
+from flexllm.ops.operators import is_operator, matmul_nt
 
 
 @dataclass
@@ -55,13 +55,24 @@ def _compressed(joint: JointGraph) -> frozenset[Node]:
         if node in joint.forward_nodes or not is_operator(node) or "bits" not in node.meta:
             continue
         if all(source in joint.forward_nodes for source in node.all_input_nodes):
-            node.meta.setdefault("names", [f"{_label(node.all_input_nodes[0])}.bits"])
+            if (label := _label(node.all_input_nodes[0])) is not None:
+                node.meta["names"] = [f"{label}.bits"]
+            node.meta["pooled"] = _pool(node)
             found.add(node)
     return frozenset(found)
 
 
-def _label(node: Node) -> str:
-    return node.meta["names"][0] if "names" in node.meta else node.name
+def _pool(node: Node) -> str | None:
+    """The kind of adapter over which a value's columns are pooled: as the product with a rank-pooled parameter has them, and what
+    follows from it element by element."""
+    while is_operator(node) and node.target is not matmul_nt and node.target.shard == "same":  # type: ignore[union-attr]
+        node = node.all_input_nodes[0]
+    return node.all_input_nodes[1].meta.get("pooled") if node.target is matmul_nt else None
+
+
+def _label(node: Node) -> str | None:
+    """A name that is the same in a job's graph and in the fused forward's: the value's own or that of what it is made from."""
+    return next((v.meta["names"][0] for v in (node, *node.all_input_nodes) if "names" in v.meta), None)
 
 
 def _ancestors(roots: Iterable[Node], stop: frozenset[Node]) -> frozenset[Node]:

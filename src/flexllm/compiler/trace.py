@@ -112,8 +112,8 @@ def trace_layer(config: ModelConfig, bindings: Sequence[Binding], first: bool = 
             bound = {}
             for key, parameter in method.parameters(name, *shapes[name], rank, features).items():
                 full = f"{name}.{key}"
-                shape = (parameter.rows, parameter.width)
-                bound[key] = inputs.placeholder(f"{kind}.{full}", f'p["{kind}.{full}"]', shape=shape)
+                shape, pooled = (parameter.rows, parameter.width), kind if parameter.pooling == "rank" else None
+                bound[key] = inputs.placeholder(f"{kind}.{full}", f'p["{kind}.{full}"]', shape=shape, pooled=pooled)
                 if parameter.trainable:
                     parameters[full] = bound[key].node
             if bound:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class SliceContext:
     def save(self, name: str, value: Tensor) -> None:
         self.rebuilt.setdefault(self.layer, {})[name] = value
 
-    def save_pooled(self, _kind: str, name: str, value: Tensor) -> None:
-        self.save(name, value)  # the slice's adapter is alone: the columns are its own
+    def save_pooled(self, _kind: str, name: str, value: Tensor, pack: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.save(name, pack(value) if pack else value)  # the slice's adapter is alone: the columns are its own
 
     def attend(self, q: Tensor, _k: Tensor | None, _v: Tensor | None) -> tuple[Tensor, Tensor]:
         """The forward's attention again, from the pages. q [s, H*hd] -> o [s, H*hd], lse [s, H]."""

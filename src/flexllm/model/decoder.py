@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,13 +71,14 @@ class LayerContext:
                 span = slice(rows.row - offset, rows.row - offset + rows.window.rows)
                 rows.state.store.write(self.layer, name, rows.window.start, value[span])
 
-    def save_pooled(self, kind: str, name: str, value: Tensor) -> None:
-        """The same for a value whose columns are pooled over adapters of a kind: each store gets its own adapter's."""
+    def save_pooled(self, kind: str, name: str, value: Tensor, pack: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The same for a value whose columns are pooled over adapters of a kind: each store gets its own adapter's, packed."""
         first = self.batch.adapters.first_rank[kind]
         for rows in self.batch.windows:
             if rows.state.slot.kind == kind and rows.state.store.wants(self.layer, name):
                 slot = rows.state.slot
-                rows.state.store.write(self.layer, name, rows.window.start, value[rows.span, slot.start - first : slot.end - first])
+                own = value[rows.span, slot.start - first : slot.end - first]
+                rows.state.store.write(self.layer, name, rows.window.start, pack(own) if pack else own)
 
 
 def _parts(qkv_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, ...]:

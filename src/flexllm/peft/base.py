@@ -25,6 +25,8 @@ from torch.fx import Proxy
 from flexllm.model.config import ModelConfig
 from flexllm.peft.config import PeftConfig, peft_config, peft_settings
 
+COMMON_SETTINGS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode")  # in every adapter's file
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -105,7 +107,7 @@ class PeftMethod(ABC):
 
     def read(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
         """The reverse of `write`. ValueError: something in it is not supported or does not fit together."""
-        values = {k: v for k, v in settings.items() if k not in ("peft_type", "base_model_name_or_path")}
+        values = {k: v for k, v in settings.items() if k not in COMMON_SETTINGS}
         return peft_config(values), dict(tensors)
 
 
