@@ -33,5 +33,6 @@ bench: setup
 	$(BIN)/python benchmarks/finetune.py --quick
 	$(BIN)/python benchmarks/serve.py --quick
 	$(BIN)/python benchmarks/coserve.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/schedule.py --quick
 	$(BIN)/python benchmarks/latency.py --quick
