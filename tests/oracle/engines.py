@@ -23,7 +23,7 @@ from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingP
 from flexllm.engine import Engine
 from flexllm.finetune.data import IGNORE, TokenizedDataset
 from flexllm.model import default_model
-from flexllm.peft.config import LoraConfig
+from flexllm.peft.config import LoraConfig, PeftConfig
 from flexllm.scheduler.jobs import epoch_order
 from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, PlanFeatures
 
@@ -65,10 +65,12 @@ class _Engine(Engine):
         return _FixedLatency()
 
 
-def open_engine(folder: Path | None, dtype: str = "float32", *, num_blocks: int = 256, seed: int = 0, **config: Any) -> Engine:
+def open_engine(
+    folder: Path | None, dtype: str = "float32", *, num_blocks: int = 256, finetune_bytes: int = 1 << 29, seed: int = 0, **config: Any
+) -> Engine:
     """An engine with one thread, known latencies and a random clock. `folder` None: the default model."""
     settings = {"scheduler": SCHEDULER, "adapter_ranks": 128, **config}
-    cache = CacheConfig(num_blocks=num_blocks, finetune_bytes=1 << 29)
+    cache = CacheConfig(num_blocks=num_blocks, finetune_bytes=finetune_bytes)
     model = str(folder) if folder else None
     return _Engine(EngineConfig(model=model, dtype=dtype, threads=1, cache=cache, **settings), clock=RandomClock(seed))
 
@@ -182,9 +184,9 @@ def save_texts(path: Path, texts: list[Text]) -> Path:
     return path
 
 
-def job_spec(job_id: str, folder: Path, texts: list[Text], finetune: FinetuneConfig, lora: LoraConfig, **more: Any) -> JobSpec:
+def job_spec(job_id: str, folder: Path, texts: list[Text], finetune: FinetuneConfig, adapter: PeftConfig, **more: Any) -> JobSpec:
     train = save_texts(folder / f"{job_id}.npz", texts)
-    return JobSpec(job_id, str(train), str(folder / job_id), finetune=finetune, peft=lora, **more)
+    return JobSpec(job_id, str(train), str(folder / job_id), finetune=finetune, peft=adapter, **more)
 
 
 def final_adapter(spec: JobSpec, step: int) -> dict[str, torch.Tensor]:
@@ -228,11 +230,13 @@ def oracle_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 def engine_logits(engine: Engine, ids: list[int], adapter: str | None = None) -> torch.Tensor:
     """[len(ids), V]: the prompt in one iteration, as a request with that adapter has it."""
     slot = engine.adapters.acquire(adapter).id if adapter else -1
-    blocks = engine.blocks.allocate(engine.blocks.blocks_for(len(ids)))
-    request = Request("probe", ids, SamplingParams(), 0.0, blocks=blocks, adapter_slot=slot)
-    plan = StepPlan(inference=(InferenceChunk(request, 0, len(ids), True),))
+    virtual = engine.adapter_pool.slots[slot].virtual_tokens if adapter else 0
+    length = virtual + len(ids)
+    blocks = engine.blocks.allocate(engine.blocks.blocks_for(length))
+    request = Request("probe", [-1] * virtual + ids, SamplingParams(), 0.0, blocks=blocks, adapter_slot=slot)
+    plan = StepPlan(inference=(InferenceChunk(request, 0, length, True),))
     batch = FusedBatch.build(plan, engine.cache, engine.adapter_pool, engine.model.rope, {})
-    logits = engine.model.logits(engine.model.forward(batch, engine.cache))
+    logits = engine.model.logits(engine.model.forward(batch, engine.cache)[virtual:])
     engine.blocks.free(blocks)
     if adapter:
         engine.adapters.release(slot)
