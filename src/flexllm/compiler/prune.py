@@ -50,12 +50,14 @@ def prune(joint: JointGraph, input_gradient: bool) -> PrunedBackward:
 
 def _compressed(joint: JointGraph) -> frozenset[Node]:
     """Values that were written down with the gradients but follow from the forward alone (the sign bits of a ReLU)."""
-    found: set[Node] = set()
+    found, labels = set[Node](), set[str]()
     for node in joint.layer.graph.nodes:  # in order: what it reads is before it
         if node in joint.forward_nodes or not is_operator(node) or "bits" not in node.meta:
             continue
         if all(source in joint.forward_nodes for source in node.all_input_nodes):
-            if (label := _label(node.all_input_nodes[0])) is not None:
+            label = _label(node.all_input_nodes[0])
+            if label is not None and label not in labels:  # without a name it is not saved
+                labels.add(label)
                 node.meta["names"] = [f"{label}.bits"]
             node.meta["pooled"] = _pool(node)
             found.add(node)
