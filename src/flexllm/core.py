@@ -104,6 +104,7 @@ class Request:
     finish_reason: FinishReason | None = None
     # filled by the engine at admission: pins the adapter version the request started with
     adapter_slot: int = -1
+    virtual_tokens: int = 0  # prompt ids (-1) that the adapter put before the others
 
     @property
     def num_tokens(self) -> int:

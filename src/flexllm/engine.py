@@ -118,7 +118,7 @@ class Engine:
     def _take_prompt_logprobs(self, hidden: Tensor, batch: FusedBatch) -> None:
         for row, chunk in batch.prompt_logprob_chunks:
             request = chunk.request
-            virtual = request.prompt_ids.count(-1)
+            virtual = request.virtual_tokens
             start = max(chunk.start, virtual)
             end = min(chunk.end, len(request.prompt_ids) - 1)  # the last prompt row predicts the first output
             if request.output_ids or end <= start:
@@ -148,10 +148,11 @@ class Engine:
         if request.adapter is not None:
             slot = self.adapters.acquire(request.adapter)
             request.adapter_slot = slot.id
+            request.virtual_tokens = slot.virtual_tokens
             request.prompt_ids = [-1] * slot.virtual_tokens + prompt
         try:
             if len(request.prompt_ids) >= self.max_model_len:
-                extra = len(request.prompt_ids) - len(prompt)
+                extra = request.virtual_tokens
                 raise ValueError(f"the prompt has {len(prompt)} tokens, the adapter adds {extra}; the context holds {self.max_model_len}")
             request.max_len = min(self.max_model_len, len(request.prompt_ids) + params.max_tokens)
             self.scheduler.add_request(request)

@@ -315,7 +315,7 @@ class _Generation:
             text=self.detokenizer.text,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
-            prompt_tokens=len(self.request.prompt_ids),
+            prompt_tokens=len(self.request.prompt_ids) - self.request.virtual_tokens,
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
             prompt_logprobs=self.prompt_logprobs,
         )

@@ -73,7 +73,8 @@ def finetune(
     """Train an adapter of MODEL and write it to a folder in PEFT's format.
 
     A line of the data is {"messages": [{"role", "content"}, ...]} (loss on the assistant's turns), {"prompt", "completion"}
-    or {"text"}. A line of --log-json has step, loss, tokens, labels, grad_norm and learning_rate.
+    or {"text"}. A line of --log-json has step, loss, tokens, labels, grad_norm, learning_rate
+    and save_level.
 
     \b
     flexllm finetune default --data train.jsonl -o ./adapter --valid valid.jsonl
@@ -141,4 +142,4 @@ def _reporter(log_json: Path | None) -> Iterator[Callable[[JobEvent], None]]:
                 log.close()
 
 
-LOG_FIELDS = ("step", "loss", "tokens", "labels", "grad_norm", "learning_rate")
+LOG_FIELDS = ("step", "loss", "tokens", "labels", "grad_norm", "learning_rate", "save_level")

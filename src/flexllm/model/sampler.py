@@ -98,7 +98,7 @@ class Sampler:
     def _update_history(self, request: Request, row: Tensor) -> _History:
         history = self._histories.get(request.id)
         if history is None:
-            prompt = torch.tensor([t for t in request.prompt_ids if t >= 0], dtype=torch.int64, device=row.device)
+            prompt = torch.tensor(request.prompt_ids[request.virtual_tokens :], dtype=torch.int64, device=row.device)
             history = self._histories[request.id] = _History(prompt, torch.zeros_like(row))
         new = torch.tensor(request.output_ids[history.outputs :], dtype=torch.int64, device=row.device)
         history.counts.index_add_(0, new, torch.ones_like(new, dtype=row.dtype))

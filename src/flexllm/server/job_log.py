@@ -36,6 +36,7 @@ class JobLog:
             "labels": event.labels,
             "grad_norm": event.grad_norm,
             "learning_rate": event.learning_rate,
+            "save_level": event.save_level,
         }
         self._insert(job.id, f"Step {event.step}/{event.total_steps}: training loss={_figure(event.loss)}", "info", data)
 
