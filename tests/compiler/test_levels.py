@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from flexllm.compiler.levels import JobCompiler
@@ -68,7 +70,7 @@ def test_a_ladder_goes_down(method: str) -> None:
     job = compiler(peft, SMALL, 512)
     keep, *ladder = (*job.levels("keep"), *job.levels("auto"))
     assert ladder[0].saved_bytes <= keep.saved_bytes
-    for before, after in zip(ladder, ladder[1:], strict=False):
+    for before, after in itertools.pairwise(ladder):
         assert after.level.bytes_per_token < before.level.bytes_per_token
         assert after.level.cost >= before.level.cost * (1 - 1e-9)
     assert ladder[0].recomputed_flops < 0.02 * job_flops(job)
