@@ -82,7 +82,8 @@ def on_paper(shape: str, method: str, tokens: int) -> dict[str, Any]:
 
     pruned = total * keep.saved_bytes + pages + log_probabilities
     remat = total * level.saved_bytes + pages + log_probabilities + total * live
-    by_checkpointing = checkpointing.total
+    one_layer = conventional[False].layers // config.num_layers  # alive while it is recomputed, when the head is gone
+    by_checkpointing = checkpointing.layers - one_layer + max(one_layer, checkpointing.head)
     return {
         "conventional": conventional[True].total,
         "conventional_bf16_adapters": conventional[False].total,
@@ -110,8 +111,7 @@ def on_paper(shape: str, method: str, tokens: int) -> dict[str, Any]:
 
 def _forward_share(job: JobCompiler, flops: float) -> float:
     """Checkpointing runs every layer's forward again."""
-    remats = [job.compilers[k].remat for k in job.kinds]
-    return sum(r.flops(r.backward.joint.forward_nodes) for r in remats) / flops
+    return sum(job.compilers[k].forward_flops for k in job.kinds) / flops
 
 
 def _config_folder(shape: str) -> Path:

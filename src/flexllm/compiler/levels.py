@@ -149,15 +149,12 @@ class LevelPlan:
 
     def __init__(self, job: JobCompiler, name: str, choices: tuple[Choice, ...], depth: int) -> None:
         self.job, self.choices = job, choices
-        remats = [job.compilers[k].remat for k in job.kinds]
-        base = sum(r.op_seconds(op) for r in remats for op in r.backward.live)
-        again = [r.recomputed(c.saved) for r, c in zip(remats, choices, strict=True)]
-        self.recomputed_flops = sum(r.flops(ops) for r, ops in zip(remats, again, strict=True))
-        extra = sum(r.op_seconds(op) for r, ops in zip(remats, again, strict=True) for op in ops)
+        base = sum(job.compilers[k].backward_seconds for k in job.kinds)
+        extra = sum(c.again_seconds for c in choices)
+        self.recomputed_flops = sum(c.again_flops for c in choices)
         if depth > 1:  # the whole forward of a segment again, and what its layers keep of it rebuilt as at the fastest level
-            forwards = [[n for n in r.backward.joint.forward_nodes if "flops" in n.meta] for r in remats]
-            self.recomputed_flops += sum(r.flops(ops) for r, ops in zip(remats, forwards, strict=True))
-            extra += sum(r.op_seconds(op) for r, ops in zip(remats, forwards, strict=True) for op in ops)
+            extra += sum(job.compilers[k].forward_seconds for k in job.kinds)
+            self.recomputed_flops += sum(job.compilers[k].forward_flops for k in job.kinds)
         self.saved_bytes = self._saved_bytes(depth)
         self.level = SaveLevel(name, self.saved_bytes + self._gradient_bytes(depth), 1 + extra / base if base else 1.0, depth)
 

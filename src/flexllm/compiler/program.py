@@ -14,6 +14,7 @@ from flexllm.compiler.prune import PrunedBackward, prune
 from flexllm.compiler.remat import Choice, DeviceCosts, Rematerialization, SavedTensor, saved_tensor
 from flexllm.compiler.trace import trace_layer
 from flexllm.model.config import ModelConfig
+from flexllm.ops.operators import is_operator
 from flexllm.ops.reference import ReferenceKernels
 from flexllm.peft.base import Binding
 
@@ -61,6 +62,11 @@ class LayerCompiler:
         graph = trace_layer(config, [binding] if kind.adapted else [], kind.first)
         self.pruned: PrunedBackward = prune(differentiate(graph), kind.input_gradient)
         self.remat = Rematerialization(self.pruned, costs, context)
+        forward = [n for n in self.pruned.joint.forward_nodes if is_operator(n)]
+        self.forward_flops = self.remat.flops(forward)  # of a row
+        self.forward_seconds = sum(self.remat.op_seconds(op) for op in forward)
+        self.backward_flops = self.remat.flops(self.pruned.live)
+        self.backward_seconds = sum(self.remat.op_seconds(op) for op in self.pruned.live if is_operator(op))
         self._compiled: dict[tuple[Node, ...], LayerBackward] = {}
 
     def compile(self, choice: Choice) -> LayerBackward:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
+from networkx.algorithms.flow import boykov_kolmogorov
 from torch.fx import Node
 
 from flexllm.compiler.prune import PrunedBackward, is_row_value
@@ -56,11 +57,14 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """A point of the trade: what to save, its bytes per token (bf16), and seconds per token beyond those of saving all at no cost."""
+    """A point of the trade, per token: what to save, its bytes (bf16); seconds for saving it and for running the rest again, of
+    which the latter, and their FLOPs."""
 
     saved: tuple[Node, ...]
     bytes_per_token: int
     seconds: float
+    again_seconds: float
+    again_flops: float
 
 
 def saved_tensor(node: Node) -> SavedTensor:
@@ -91,6 +95,7 @@ class Rematerialization:
         self.backward, self.costs, self.context = backward, costs, context
         order = {n: i for i, n in enumerate(backward.joint.layer.graph.nodes)}
         self._order = order
+        self._seconds: dict[Node, float] = {}
         self.values = sorted((n for n in backward.forward if is_row_value(n) and n.op == "call_function"), key=order.__getitem__)
         self.inputs = [n for n in backward.joint.layer.graph.nodes if n.op == "placeholder" and n in backward.forward and is_row_value(n)]
 
@@ -110,8 +115,9 @@ class Rematerialization:
     def choice(self, saved: Iterable[Node]) -> Choice:
         nodes = tuple(sorted(set(saved), key=self._order.__getitem__))
         nbytes = sum(saved_tensor(n).bytes_per_token(ITEMSIZE) for n in nodes)
-        seconds = sum(self._save_seconds(n) for n in nodes) + sum(self.op_seconds(op) for op in self.recomputed(nodes))
-        return Choice(nodes, nbytes, seconds)
+        operators = self.recomputed(nodes)
+        again = sum(self.op_seconds(op) for op in operators)
+        return Choice(nodes, nbytes, again + sum(self._save_seconds(n) for n in nodes), again, self.flops(operators))
 
     def recomputed(self, saved: Iterable[Node]) -> frozenset[Node]:
         """Operators that the backward runs again. Raises ValueError when an input of the layer would be missing."""
@@ -134,8 +140,10 @@ class Rematerialization:
 
     def op_seconds(self, op: Node) -> float:
         """Of one row."""
-        columns = [c for a in (op, *op.all_input_nodes) for c in _columns(a)]
-        return self.costs.seconds(self.flops([op]), sum(columns) * ITEMSIZE)
+        if op not in self._seconds:
+            columns = [c for a in (op, *op.all_input_nodes) for c in _columns(a)]
+            self._seconds[op] = self.costs.seconds(self.flops([op]), sum(columns) * ITEMSIZE)
+        return self._seconds[op]
 
     def _save_seconds(self, node: Node) -> float:
         return self.costs.seconds(0.0, SAVE_PASSES * saved_tensor(node).bytes_per_token(ITEMSIZE))
@@ -188,7 +196,7 @@ class Rematerialization:
             flow.add_edge("source", ("have", value))
         if "source" not in flow:
             return self.choice(())
-        _, (there, _) = nx.minimum_cut(_scaled(flow), "source", "sink")
+        _, (there, _) = nx.minimum_cut(_scaled(flow), "source", "sink", flow_func=boykov_kolmogorov)
         return self.choice(self._saved_by_cut(there))
 
     def _saved_by_cut(self, there: set[object]) -> Iterator[Node]:

@@ -90,12 +90,9 @@ def compile_report(config: ModelConfig, peft: PeftConfig, save_level: str, seq_l
 
 def job_flops(job: JobCompiler) -> float:
     """Forward and backward of one token: all layers (the frozen ones below the lowest adapted forward only) and the head, twice."""
-    total = 4.0 * job.config.hidden_size * job.config.vocab_size
-    for kind in job.kinds:
-        remat = job.compilers[kind].remat
-        total += remat.flops(remat.backward.joint.forward_nodes) + remat.flops(remat.backward.live)
-    below = job.compilers[job.kinds[-1]].remat
-    return total + job.lowest_layer * below.flops(below.backward.joint.forward_nodes)
+    layers = [job.compilers[kind] for kind in job.kinds]
+    head = 4.0 * job.config.hidden_size * job.config.vocab_size
+    return head + sum(c.forward_flops + c.backward_flops for c in layers) + job.lowest_layer * layers[-1].forward_flops
 
 
 def tensor_rows(compiler: LayerCompiler, choice: Choice) -> list[TensorRow]:

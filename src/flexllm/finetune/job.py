@@ -197,7 +197,13 @@ def compile_backward(model: Decoder, slot: AdapterSlot, context: int) -> JobComp
     """For an adapter of its own. `context`: mean number of keys that a row of its sequences sees."""
     binding = Binding(slot.kind, slot.method, slot.features, slot.rank)
     adapted = slot.config.layers(model.config.num_layers)
-    return JobCompiler(model.config, binding, adapted, model.kernels, model.costs, context, model.dtype.itemsize)
+    rounded = 1 << context.bit_length()  # jobs of about the same lengths share what is compiled
+    key = (binding, adapted, rounded)
+    if key not in model.backward_compilers:
+        model.backward_compilers[key] = JobCompiler(
+            model.config, binding, adapted, model.kernels, model.costs, rounded, model.dtype.itemsize
+        )
+    return model.backward_compilers[key]
 
 
 def _initialise(spec: JobSpec, slot: AdapterSlot, pool: AdapterPool, model: Decoder) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexllm.batch import FusedBatch
+from flexllm.compiler.levels import JobCompiler
 from flexllm.compiler.program import ForwardPrograms
 from flexllm.compiler.remat import DeviceCosts
 from flexllm.memory.kv_cache import KVCache
@@ -102,6 +103,7 @@ class Decoder:
         self.attention_scale = config.head_dim**-0.5
         self.costs = DeviceCosts()  # of this device, once it has been measured (profiler.py)
         self.programs = ForwardPrograms(config, kernels)
+        self.backward_compilers: dict[Hashable, JobCompiler] = {}  # by adapter and length, filled by finetune/job.py
         # As Hugging Face: angles in fp32 (here float64 for a float64 model), cos and sin rounded to the model's type.
         angle_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         inverse = torch.tensor(rope_frequencies(config), dtype=angle_dtype)
