@@ -91,7 +91,7 @@ def _print(report: CompileReport) -> None:
     tokens = f"{report.batch} x {report.seq_length} tokens" if report.batch > 1 else f"{report.seq_length} tokens"
     levels = Table(title="Levels", caption="All layers. Saved: between forward and backward. Gradients: on their way down, with dK/dV.")
     for heading in ("level", "saved B/token", "gradients B/token", tokens, "extra FLOPs", "backward time"):
-        levels.add_column(heading, justify="left" if heading == "level" else "right")
+        levels.add_column(heading, justify="left" if heading == "level" else "right", no_wrap=heading == "level")
     for level in report.levels:
         levels.add_row(
             level.level,
