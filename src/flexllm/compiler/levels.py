@@ -37,8 +37,6 @@ class LevelProgram:
     level: SaveLevel
     layers: tuple[LayerBackward, ...]  # from the lowest adapted one up
     lowest_layer: int
-    recomputed_flops: float  # per token, all layers
-
     hidden_size: int
 
     @property
@@ -120,7 +118,7 @@ class JobCompiler:
                 count = len(self.kinds) * mix // MIXES
                 name = f"remat {i - 1 + mix / MIXES:g}"
                 mixed = tuple(a if n < count else b for n, (a, b) in enumerate(zip(after, before, strict=True)))
-                plans.append(self._plan(name, mixed))
+                plans.append(LevelPlan(self, name, mixed))
         plans.append(self._uniform("checkpoint", {k: f[-1] for k, f in self._frontiers.items()}))
         depth = max(2, round(math.sqrt(len(self.kinds))))
         return [*plans, self._segments("segments", depth), self._segments("kv", max(2, len(self.kinds)))]
@@ -135,19 +133,16 @@ class JobCompiler:
         return tuple(chosen[k] for k in self.kinds)
 
     def _uniform(self, name: str, choices: dict[LayerKind, Choice]) -> LevelPlan:
-        return self._plan(name, tuple(choices[k] for k in self.kinds))
-
-    def _plan(self, name: str, choices: tuple[Choice, ...], depth: int = 1) -> LevelPlan:
-        return LevelPlan(self, name, choices, depth)
+        return LevelPlan(self, name, tuple(choices[k] for k in self.kinds))
 
     def _segments(self, name: str, depth: int) -> LevelPlan:
-        return self._plan(name, tuple(self._frontiers[k][0] for k in self.kinds), depth)
+        return LevelPlan(self, name, tuple(self._frontiers[k][0] for k in self.kinds), depth)
 
 
 class LevelPlan:
-    """A level before it is compiled: its bytes and its time."""
+    """A level before it is compiled: its bytes and its time. `choices`: of each layer, from the lowest adapted one up."""
 
-    def __init__(self, job: JobCompiler, name: str, choices: tuple[Choice, ...], depth: int) -> None:
+    def __init__(self, job: JobCompiler, name: str, choices: tuple[Choice, ...], depth: int = 1) -> None:
         self.job, self.choices = job, choices
         base = sum(job.compilers[k].backward_seconds for k in job.kinds)
         extra = sum(c.again_seconds for c in choices)
@@ -176,4 +171,4 @@ class LevelPlan:
     def program(self) -> LevelProgram:
         job = self.job
         layers = tuple(job.compilers[k].compile(c) for k, c in zip(job.kinds, self.choices, strict=True))
-        return LevelProgram(self.level, layers, job.lowest_layer, self.recomputed_flops, job.config.hidden_size)
+        return LevelProgram(self.level, layers, job.lowest_layer, job.config.hidden_size)

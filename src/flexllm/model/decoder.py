@@ -16,7 +16,7 @@ from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig, rope_frequencies
 from flexllm.model.layer import site_shapes
 from flexllm.model.loader import ModelWeights
-from flexllm.ops.reference import LinearWeight, ReferenceKernels
+from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 from flexllm.peft.pool import AdapterPool, AdapterSlot
 
 
@@ -103,6 +103,7 @@ class Decoder:
         self.attention_scale = config.head_dim**-0.5
         self.costs = DeviceCosts()  # of this device, once it has been measured (profiler.py)
         self.programs = ForwardPrograms(config, kernels)
+        self._squares: dict[tuple[int, str], Tensor] = {}  # squared row norms of base weights, once an adapter has asked for them
         self.backward_compilers: dict[Hashable, JobCompiler] = {}  # by adapter and length, filled by finetune/job.py
         # As Hugging Face: angles in fp32 (here float64 for a float64 model), cos and sin rounded to the model's type.
         angle_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -144,7 +145,10 @@ class Decoder:
                 site, parameter = name.split(".")
                 by_site.setdefault(site, {})[parameter] = tensor
             for site, parameters in by_site.items():
-                slot.method.refresh(slot.config, index, site, parameters, self.base_weight(index, site))
+                base = self.base_weight(index, site)
+                if (index, site) not in self._squares:
+                    self._squares[index, site] = base.to(compute_dtype(base.dtype)).pow(2).sum(1)
+                slot.method.refresh(slot.config, index, site, parameters, base, self._squares[index, site])
 
     def base_weight(self, layer: int, site: str) -> Tensor:
         """[out, in] of a linear, one of a merged GEMM's too."""

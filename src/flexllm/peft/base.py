@@ -90,8 +90,9 @@ class PeftMethod(ABC):
         """Fill parameter `name` ("<layer>.<site>.<parameter>") of a fresh adapter; it holds zeros, or `neutral` where that is
         not 0. `shapes`: (out, in) of the model's sites."""
 
-    def refresh(self, config: Any, layer: int, site: str, p: Mapping[str, Tensor], base: Tensor) -> None:
-        """Recompute buffers after parameters changed; `base` is the base weight [out, in]. Only if `needs_refresh`."""
+    def refresh(self, config: Any, layer: int, site: str, p: Mapping[str, Tensor], base: Tensor, squares: Tensor) -> None:
+        """Recompute buffers after parameters changed, in the time of an optimizer step. `base`: the base weight [out, in];
+        `squares`: the squared norm of each of its rows, in the compute type. Only if `needs_refresh`."""
 
     def needs_refresh(self, config: Any) -> bool:
         return False

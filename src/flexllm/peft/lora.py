@@ -76,14 +76,13 @@ class Lora(PeftMethod):
     def needs_refresh(self, config: LoraConfig) -> bool:
         return config.use_dora
 
-    def refresh(self, config: LoraConfig, layer: int, site: str, p: Mapping[str, Tensor], base: Tensor) -> None:
+    def refresh(self, config: LoraConfig, layer: int, site: str, p: Mapping[str, Tensor], base: Tensor, squares: Tensor) -> None:
         """1 / |W + scale B A| of each output, without ever forming the sum."""
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         scale = config.scale_at(module_name(layer, site))
-        a, b = p["A"].to(dtype), p["B"].to(dtype)
-        w = base.to(dtype)
-        squares = w.pow(2).sum(1) + 2 * scale * ((w @ a.t()) * b.t()).sum(1) + scale**2 * ((a @ a.t()) @ b).mul_(b).sum(0)
-        norm = squares.clamp_min_(0).sqrt_()
+        cross = (base @ p["A"].t()).to(squares.dtype)  # [out, r]
+        a, b = p["A"].to(squares.dtype), p["B"].to(squares.dtype)
+        merged = squares + 2 * scale * (cross * b.t()).sum(1) + scale**2 * ((a @ a.t()) @ b).mul_(b).sum(0)
+        norm = merged.clamp_min_(0).sqrt_()
         if not p["magnitude"].any():  # a fresh adapter
             p["magnitude"].copy_(norm[None])
         p["inverse_norm"].copy_(1 / norm[None])
