@@ -172,7 +172,7 @@ class Engine:
         finished = []
         for output in outputs:
             logprobs = self._prompt_logprobs.pop(output.request_id, None)
-            finished.append(replace(output, prompt_logprobs=tuple(logprobs)) if logprobs else output)
+            finished.append(output._replace(prompt_logprobs=tuple(logprobs)) if logprobs else output)
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         return tuple(finished)
