@@ -30,6 +30,11 @@ def plan(
         float | None, typer.Option(help="Stretch the trace to this many requests/s. \\[default: as recorded]", show_default=False)
     ] = None,
     seconds: Annotated[float, typer.Option(help="How much of the trace to run, after stretching.")] = 300.0,
+    headroom: Annotated[
+        float,
+        typer.Option(help="Share of the TPOT objective that co-serving schedulers keep back for prompts that come.", min=0.0, max=0.9),
+    ] = 0.1,
+    max_replicas: Annotated[int, typer.Option(help="Give up beyond so many.", min=1)] = 64,
     max_running: Annotated[int, typer.Option(help="Most requests in the batch of a replica.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Most inference tokens in one iteration.")] = 512,
     noise: Annotated[float, typer.Option(help="Spread (sigma of the log) of iteration times around the model.", min=0.0)] = 0.05,
@@ -54,11 +59,11 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
+    config = SchedulerConfig(slo=SLO(slo_ttft, slo_tpot), max_running=max_running, max_batch_tokens=max_batch_tokens)
     shape = ModelConfig.from_hf(model)
     arrivals = load_trace(trace)
     arrivals = window(scaled(arrivals, rate) if rate is not None else arrivals, 0.0, seconds)
     span = min(seconds, max(arrivals[-1].time, 1.0))
-    config = SchedulerConfig(slo=SLO(slo_ttft, slo_tpot), max_running=max_running, max_batch_tokens=max_batch_tokens)
     both = machine_of(DEVICES[device], shape, tensor_parallel, config.max_sequences * seq_length)
     alone = machine_of(DEVICES[device], shape, tensor_parallel)
     job = example_job(shape, seq_length)
@@ -69,7 +74,9 @@ def plan(
         config,
         both,
         alone,
+        headroom=headroom,
         attainment=attainment,
+        max_replicas=max_replicas,
         seconds=span,
         noise=noise,
         seed=seed,

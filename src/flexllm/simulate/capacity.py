@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from flexllm.config import SchedulerConfig
@@ -12,8 +12,7 @@ from flexllm.simulate.cluster import fleet, simulate_cluster
 from flexllm.simulate.simulator import Machine, SimulationResult, simulate
 from flexllm.simulate.workload import Arrival
 
-MAX_REPLICAS = 1024
-DEDICATED_SECONDS = 120.0  # that the speed of finetuning alone is measured over
+DEDICATED_SECONDS = 60.0  # that the speed of finetuning alone is measured over
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,26 @@ def plan_capacity(
     machine: Machine,
     machine_alone: Machine | None = None,
     *,
+    headroom: float = 0.1,
     attainment: float = 0.99,
+    max_replicas: int = 64,
     seconds: float | None = None,
     noise: float = 0.0,
     seed: int = 0,
 ) -> CapacityPlan:
     """The fewest replicas for a trace with at least `attainment` of its requests within the SLO, and `finetune_rate` tokens per second.
 
+    `headroom`: co-serving schedulers are given a TPOT objective that much tighter than the one judged by. They spend all time until
+    the next token's deadline, and a prompt that comes then makes it late; how much to keep back is for an operator to set.
     `machine_alone`: a replica that only serves, whose memory holds no activations (default: `machine`). Replicas that only
-    finetune are as fast as one alone, and whole. ValueError when no number of replicas up to MAX_REPLICAS is enough.
+    finetune are as fast as one alone, and whole. ValueError when `max_replicas` are not enough.
     """
+
+    aim = replace(config, slo=replace(config.slo, tpot=config.slo.tpot * (1 - headroom)))
 
     def run(split: str, replicas: int) -> SimulationResult:
         on = machine_alone or machine if split == "inference" else machine
-        return simulate_cluster(trace, [job], fleet(split, replicas, config), on, seconds=seconds, noise=noise, seed=seed)
+        return simulate_cluster(trace, [job], fleet(split, replicas, aim), on, seconds=seconds, noise=noise, seed=seed)
 
     def serves(result: SimulationResult) -> bool:
         return result.attainment(config.slo) >= attainment
@@ -61,25 +66,28 @@ def plan_capacity(
     def does_both(result: SimulationResult) -> bool:
         return serves(result) and result.finetune_rate >= finetune_rate
 
-    serving, inference = fewest(lambda n: run("inference", n), serves)
+    serving, inference = fewest(lambda n: run("inference", n), serves, max_replicas)
     (alone,) = fleet("separate", 1, config, finetuning=1)
     dedicated_rate = simulate([], [job], alone, machine, seconds=DEDICATED_SECONDS).finetune_rate
     if finetune_rate > 0 and dedicated_rate == 0:
         raise ValueError(f"a replica completes no optimizer step in {DEDICATED_SECONDS:.0f} s")
     finetuning = ceil(finetune_rate / dedicated_rate) if finetune_rate > 0 else 0
-    coserving, coserve = fewest(lambda n: run("coserve", n), does_both, start=serving)
+    coserving, coserve = fewest(lambda n: run("coserve", n), does_both, max_replicas, start=serving)
     return CapacityPlan(serving, finetuning, dedicated_rate, coserving, inference, coserve)
 
 
 def fewest(
-    run: Callable[[int], SimulationResult], enough: Callable[[SimulationResult], bool], start: int = 1
+    run: Callable[[int], SimulationResult], enough: Callable[[SimulationResult], bool], most: int, start: int = 1
 ) -> tuple[int, SimulationResult]:
-    """The smallest n >= start whose run is enough, if more never is less: doubling steps up, then bisection. ValueError if none is."""
+    """The smallest n from `start` to `most` whose run is enough, if more never is less: doubling steps up, then bisection.
+
+    ValueError if none is.
+    """
     low, step, n = start - 1, 1, start
     while not enough(found := run(n)):
-        if n >= MAX_REPLICAS:
+        if n >= most:
             raise ValueError(f"{n} replicas are not enough: the objectives cannot be met on this device, or the rate is too high")
-        low, n, step = n, min(n + step, MAX_REPLICAS), 2 * step
+        low, n, step = n, min(n + step, most), 2 * step
     while n - low > 1:
         middle = (low + n) // 2
         if enough(result := run(middle)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -127,7 +126,7 @@ class Replica:
     load: int = 0  # tokens of the requests here, prompts and outputs so far
     iterations: int = 0
     finetune_tokens: int = 0
-    busy: Counter[str] = field(default_factory=Counter)  # seconds by kind
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))  # seconds by kind of iteration
 
     def __post_init__(self) -> None:
         self._rng = random.Random(f"{self.seed}:{self.index}")
@@ -241,10 +240,9 @@ def finish(replica: Replica, span: float) -> None:
 
 
 def collect(replicas: Sequence[Replica], records: list[RequestRecord], span: float) -> SimulationResult:
-    busy = sum((r.busy for r in replicas), Counter[str]())
-    total = span * len(replicas)
-    shares = {kind: busy[kind] / total if total else 0.0 for kind in KINDS}
-    shares["idle"] = 1.0 - sum(shares.values()) if total else 0.0
+    total = span * len(replicas) or math.inf
+    shares = {kind: sum(r.busy[kind] for r in replicas) / total for kind in KINDS}
+    shares["idle"] = 1.0 - sum(shares.values())
     return SimulationResult(
         records,
         span,

@@ -74,8 +74,8 @@ def load_trace(path: Path) -> list[Arrival]:
         raise ValueError(f"a trace must be a .csv or .jsonl file, got {str(path)!r}")
     try:
         with path.open(newline="") as file:
-            read, rows = (_csv_row, csv.DictReader(file)) if path.suffix == ".csv" else (_jsonl_row, filter(str.strip, file))
-            arrivals = sorted(map(read, rows), key=lambda arrival: arrival.time)
+            found = map(_csv_row, csv.DictReader(file)) if path.suffix == ".csv" else map(_jsonl_row, filter(str.strip, file))
+            arrivals = sorted(found, key=lambda arrival: arrival.time)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a trace: {type(error).__name__} {error}") from error
     if not arrivals:
