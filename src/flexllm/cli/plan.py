@@ -29,7 +29,8 @@ def plan(
     rate: Annotated[
         float | None, typer.Option(help="Stretch the trace to this many requests/s. \\[default: as recorded]", show_default=False)
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How much of the trace to run, after stretching.")] = 300.0,
+    start: Annotated[float, typer.Option(help="Where in the trace to begin, seconds after stretching.", min=0.0)] = 0.0,
+    seconds: Annotated[float, typer.Option(help="How much of the trace to run.")] = 300.0,
     headroom: Annotated[
         float,
         typer.Option(help="Share of the TPOT objective that co-serving schedulers keep back for prompts that come.", min=0.0, max=0.9),
@@ -62,7 +63,9 @@ def plan(
     config = SchedulerConfig(slo=SLO(slo_ttft, slo_tpot), max_running=max_running, max_batch_tokens=max_batch_tokens)
     shape = ModelConfig.from_hf(model)
     arrivals = load_trace(trace)
-    arrivals = window(scaled(arrivals, rate) if rate is not None else arrivals, 0.0, seconds)
+    arrivals = window(scaled(arrivals, rate) if rate is not None else arrivals, start, seconds)
+    if not arrivals:
+        raise ValueError(f"{trace}: no request between {start:g} s and {start + seconds:g} s")
     span = min(seconds, max(arrivals[-1].time, 1.0))
     both = machine_of(DEVICES[device], shape, tensor_parallel, config.max_sequences * seq_length)
     alone = machine_of(DEVICES[device], shape, tensor_parallel)
@@ -105,7 +108,7 @@ def _print(found: CapacityPlan, slo: SLO, title: str) -> None:
     view = Table(
         title=title, caption=f"Within TTFT {slo.ttft:g} s and TPOT {1e3 * slo.tpot:g} ms, by simulation; device times from its data sheet."
     )
-    for heading in ("", "replicas", "in SLO", "TTFT p50 / p99, s", "TPOT p50 / p99, ms", "finetuning tokens/s", "idle"):
+    for heading in ("", "replicas", "in SLO", "TTFT p50 / p99, s", "TPOT p50 / p99, ms", "finetuning tokens/s"):
         view.add_column(heading, justify="left" if not heading else "right")
     rows = (
         (f"separate: {found.serving} serve, {found.finetuning} finetune", found.separate, found.inference),
@@ -121,8 +124,7 @@ def _print(found: CapacityPlan, slo: SLO, title: str) -> None:
             f"{s['ttft_p50']:.2f} / {s['ttft_p99']:.2f}",
             f"{1e3 * s['tpot_p50']:.1f} / {1e3 * s['tpot_p99']:.1f}",
             f"{tuned:,.0f}",
-            f"{s['share_idle']:.0%}",
         )
     console = Console(highlight=False)
     console.print(view)
-    console.print("(separate: latencies and idle time of the replicas that serve)")
+    console.print("(separate: latencies of those that serve)")
