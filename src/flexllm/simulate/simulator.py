@@ -242,7 +242,7 @@ def finish(replica: Replica, span: float) -> None:
 def collect(replicas: Sequence[Replica], records: list[RequestRecord], span: float) -> SimulationResult:
     total = span * len(replicas) or math.inf
     shares = {kind: sum(r.busy[kind] for r in replicas) / total for kind in KINDS}
-    shares["idle"] = 1.0 - sum(shares.values())
+    shares["idle"] = max(0.0, 1.0 - sum(shares.values()))
     return SimulationResult(
         records,
         span,
