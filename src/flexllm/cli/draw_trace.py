@@ -40,16 +40,17 @@ def make_up(plt: Any, recording: Recording) -> Any:
     per_iteration = np.maximum(np.histogram(recording.start, edges)[0], 1)
     kinds = ("decode", "prefill", "window")
     forward.stackplot(
-        edges[:-1],
-        [_binned(recording, kind, edges) / per_iteration for kind in kinds],
+        edges,
+        [_to_the_end(_binned(recording, kind, edges) / per_iteration) for kind in kinds],
         labels=kinds,
         colors=[COLOURS[kind] for kind in kinds],
         step="post",
         linewidth=0,
     )
-    forward.set(ylabel="rows per iteration", title="What iterations are made of", ylim=(0, None))
-    _legend(forward, len(kinds))
-    backward.fill_between(edges[:-1], _binned(recording, "backward", edges) / per_iteration, color=COLOURS["backward"], step="post", lw=0)
+    forward.set(ylabel="rows per iteration", ylim=(0, None))
+    _head(forward, "What iterations are made of", len(kinds))
+    slices = _to_the_end(_binned(recording, "backward", edges) / per_iteration)
+    backward.fill_between(edges, slices, color=COLOURS["backward"], step="post", lw=0)
     backward.set(ylabel="backward rows\nx layers", xlabel="seconds", ylim=(0, None), xlim=(0, edges[-1]))
     return figure
 
@@ -90,10 +91,10 @@ def slack(plt: Any, recording: Recording) -> Any:
     values = np.concatenate([had[np.isfinite(had)], took])
     threshold = max(1.0, float(np.quantile(took, 0.1)))
     axes.set_yscale("symlog", linthresh=threshold)  # an overdue deadline is a slack below zero
-    axes.set(xlabel="seconds", ylabel="ms", title="The promise: iterations end within the slack", xlim=(0, recording.span))
+    axes.set(xlabel="seconds", ylabel="ms", xlim=(0, recording.span))
     axes.set_ylim(min(0.0, float(values.min()) * 1.2), float(values.max()) * 1.5)
     axes.grid(alpha=0.25)
-    _legend(axes, 2)
+    _head(axes, "The promise: iterations end within the slack", 2)
     return figure
 
 
@@ -105,9 +106,9 @@ def throughput(plt: Any, recording: Recording) -> Any:
         axes.stairs(_binned(recording, column, edges) / np.diff(edges), edges, color=colour, lw=1.6, label=label)
     if recording.steps:
         axes.plot(recording.steps, np.zeros(len(recording.steps)), "|", color=COLOURS["backward"], ms=9, label="optimizer step", clip_on=False)
-    axes.set(xlabel="seconds", ylabel="per second", title="Throughput", xlim=(0, edges[-1]), ylim=(0, None))
+    axes.set(xlabel="seconds", ylabel="per second", xlim=(0, edges[-1]), ylim=(0, None))
     axes.grid(alpha=0.25)
-    _legend(axes, 3)
+    _head(axes, "Throughput", 3)
     return figure
 
 
@@ -121,7 +122,12 @@ def _binned(recording: Recording, column: str, edges: np.ndarray) -> np.ndarray:
     return np.histogram(recording.start, edges, weights=recording.columns[column])[0]
 
 
-def _legend(axes: Any, columns: int) -> None:
-    """Beneath the title, clear of the data."""
+def _to_the_end(values: np.ndarray) -> np.ndarray:
+    """As many values as edges: a step drawn `post` needs its last height twice."""
+    return np.append(values, values[-1])
+
+
+def _head(axes: Any, title: str, columns: int) -> None:
+    """Title and legend above the axes, clear of the data."""
+    axes.set_title(title, loc="left", fontsize=11)
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, frameon=False, fontsize=8.5, borderaxespad=0.2, markerscale=2)
-    axes.set_title(axes.get_title(), loc="left", fontsize=11)
