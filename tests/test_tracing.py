@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ def request(request_id: str) -> Request:
     return Request(request_id, list(range(3, 30)), SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True), 0.0)
 
 
+@dataclass
 class TimedRun(Run):
     """Keeps the seconds of each iteration that had something to do."""
 
-    def __post_init__(self) -> None:
-        self.seconds: list[float] = []
+    seconds: list[float] = field(default_factory=list)
 
     def step(self) -> None:
         super().step()
@@ -142,11 +143,8 @@ def test_the_size_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_full_disk_ends_the_trace_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    full = tmp_path / "t.json"
-    full.symlink_to("/dev/full")
-    trace = IterationTrace.__new__(IterationTrace)
-    trace._path, trace._left, trace._file = full, 10_000, full.open("wb", buffering=0)
     with caplog.at_level(logging.WARNING):
+        trace = IterationTrace(Path("/dev/full"))
         for i in range(3):
             trace.iteration(*one_step(i), 0, 0)
         trace.close()

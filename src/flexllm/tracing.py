@@ -34,7 +34,7 @@ class IterationTrace:
     """
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
-        if path.exists():
+        if path.is_file():
             path.replace(path.with_name(f"{path.name}.old"))
         self._path, self._left = path, max_bytes
         self._file = path.open("wb", buffering=0)  # a write is whole events, and is in the system's hands when it returns

@@ -90,9 +90,9 @@ def slack(plt: Any, recording: Recording) -> Any:
     axes.scatter(start[late], took[late], s=12, color=LATE, linewidths=0, label="iteration longer than its slack")
     values = np.concatenate([had[np.isfinite(had)], took])
     threshold = max(1.0, float(np.quantile(took, 0.1)))
-    axes.set_yscale("symlog", linthresh=threshold)  # an overdue deadline is a slack below zero
+    axes.set_yscale("symlog", linthresh=threshold)  # a slack may be zero
     axes.set(xlabel="seconds", ylabel="ms", xlim=(0, recording.span))
-    axes.set_ylim(min(0.0, float(values.min()) * 1.2), float(values.max()) * 1.5)
+    axes.set_ylim(0.0, float(values.max()) * 1.5)
     axes.grid(alpha=0.25)
     _head(axes, "The promise: iterations end within the slack", 2)
     return figure

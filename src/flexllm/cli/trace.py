@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexllm.tracing import read_events
+from flexllm.tracing import Event, read_events
 
 COLUMNS = ("decode", "prefill", "window", "backward", "steps", "tokens", "predicted", "actual", "slack", "running", "waiting")
 
@@ -66,24 +66,29 @@ class Recording:
     def load(cls, path: Path) -> Recording:
         """ValueError if the file is no trace, or has no iteration."""
         recording = cls()
-        step_times = []
-        for event in read_events(path):
-            if event["ph"] == "X":
-                recording.kind.append(event["name"])
-                recording.start.append(event["ts"] / 1e6)
-                for name, values in recording.columns.items():
-                    value = event["args"][name]
-                    values.append(float("nan") if value is None else value)
-            elif event["ph"] == "i" and event["name"] == "finished":
-                recording.finished.append(event["args"])
-            elif event["ph"] == "i" and event["args"]["kind"] == "step":
-                step_times.append(event["ts"] / 1e6)
+        try:
+            for event in read_events(path):
+                recording._take(event)
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} is a trace of something else") from None
         if not recording.start:
             raise ValueError(f"{path} has no iterations: the engine was not asked for anything")
         begin = recording.start[0]
         recording.start = [t - begin for t in recording.start]
-        recording.steps = [t - begin for t in step_times]
+        recording.steps = [t - begin for t in recording.steps]
         return recording
+
+    def _take(self, event: Event) -> None:
+        if event["ph"] == "X":
+            self.kind.append(event["name"])
+            self.start.append(event["ts"] / 1e6)
+            for name, values in self.columns.items():
+                value = event["args"][name]
+                values.append(float("nan") if value is None else value)
+        elif event["ph"] == "i" and event["name"] == "finished":
+            self.finished.append(event["args"])
+        elif event["ph"] == "i" and event["args"]["kind"] == "step":
+            self.steps.append(event["ts"] / 1e6)
 
     @property
     def span(self) -> float:
