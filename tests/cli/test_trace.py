@@ -63,7 +63,10 @@ def test_without_matplotlib(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert 'pip install "flexllm-engine[plot]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "message"), [("{}", "is not a trace"), ("[\n]\n", "no iterations"), ('[\n{"ph":"X"}', "something else"), (None, "No such file")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "is not a trace"), ("[\n]\n", "no iterations"), ('[\n{"ph":"X"}', "something else"), (None, "No such file")],
+)
 def test_other_files(content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if content is not None:
         (tmp_path / "f.json").write_text(content)

@@ -102,10 +102,15 @@ def throughput(plt: Any, recording: Recording) -> Any:
     """Tokens to clients and rows of training, per second."""
     figure, axes = plt.subplots(figsize=SHAPE, layout="constrained")
     edges = _edges(recording, BINS // 3)
-    for column, label, colour in (("tokens", "output tokens", COLOURS["decode"]), ("window", "finetuning rows (forward)", COLOURS["window"])):
+    for column, label, colour in (
+        ("tokens", "output tokens", COLOURS["decode"]),
+        ("window", "finetuning rows (forward)", COLOURS["window"]),
+    ):
         axes.stairs(_binned(recording, column, edges) / np.diff(edges), edges, color=colour, lw=1.6, label=label)
     if recording.steps:
-        axes.plot(recording.steps, np.zeros(len(recording.steps)), "|", color=COLOURS["backward"], ms=9, label="optimizer step", clip_on=False)
+        axes.plot(
+            recording.steps, np.zeros(len(recording.steps)), "|", color=COLOURS["backward"], ms=9, label="optimizer step", clip_on=False
+        )
     axes.set(xlabel="seconds", ylabel="per second", xlim=(0, edges[-1]), ylim=(0, None))
     axes.grid(alpha=0.25)
     _head(axes, "Throughput", 3)

@@ -115,7 +115,9 @@ def by_kind(recording: Recording) -> tuple[list[str], list[list[str]]]:
         errors = _errors([predicted[i] for i in members], seconds)
         share = f"{sum(seconds) / total:.1%}"
         rows.append([kind, f"{len(members):,}", f"{sum(seconds):.2f}", share, f"{1e3 * _quantile(seconds, 0.5):.1f}", *errors])
-    rows.append(["all", f"{len(actual):,}", f"{sum(actual):.2f}", "100.0%", f"{1e3 * _quantile(actual, 0.5):.1f}", *_errors(predicted, actual)])
+    rows.append(
+        ["all", f"{len(actual):,}", f"{sum(actual):.2f}", "100.0%", f"{1e3 * _quantile(actual, 0.5):.1f}", *_errors(predicted, actual)]
+    )
     return ["iteration", "count", "seconds", "of the time", "median ms", "error p50", "error p95"], rows
 
 
@@ -192,10 +194,9 @@ def _html(name: str, kinds: tuple[list[str], list[list[str]]], figures: list[tup
         return f"<tr{style}>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     title = html.escape(f"Iterations of {name}")
-    images = (
-        f'<h2>{html.escape(p.replace("_", " "))}</h2>\n<img alt="{html.escape(p)}" src="data:image/png;base64,{base64.b64encode(d).decode()}">'
-        for p, d in pictures.items()
-    )
+    images = []
+    for picture, data in pictures.items():
+        images.append(f'<img alt="{picture}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>',
         f"<h1>{title}</h1>",
