@@ -11,7 +11,7 @@ import pytest
 
 from flexllm.cli.main import run
 
-VERBS = ("serve", "generate", "chat", "finetune", "compile", "profile", "plan", "demo")
+VERBS = ("serve", "generate", "chat", "finetune", "compile", "profile", "trace", "plan", "demo")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
