@@ -36,3 +36,4 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/schedule.py --quick
 	$(BIN)/python benchmarks/latency.py --quick
+	$(BIN)/python benchmarks/simulate.py --quick

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from workloads import Arrival
+from flexllm.simulate.workload import Arrival
 
 TIMEOUT = httpx.Timeout(600.0)
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=256)

@@ -30,8 +30,9 @@ from client import LoadGenerator, RequestRecord, raw, summarize
 from common import finish, log, parser
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
+from flexllm.simulate.workload import Arrival, gamma_arrivals
 from processes import Peer, Server, flexllm_server, vllm_server
-from workloads import Arrival, gamma_arrivals, random_prompts, training_texts
+from workloads import random_prompts, training_texts
 
 SLOS = {"loose": (5.0, 0.045), "mid": (0.4, 0.120), "strict": (0.5, 0.050)}  # TTFT s, TPOT s on the reference machine
 REFERENCE_STEP = 0.013  # seconds of a decode step at batch 8, 8B model on an A100

@@ -12,7 +12,7 @@ import time
 from client import percentile
 from common import finish, log, parser
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import FinetuneJob, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
+from flexllm.core import FinetuneJob, Request, SamplingParams, SaveLevel, StepPlan, StepResult, TokenLogprob
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.latency import LatencyModel
@@ -20,6 +20,7 @@ from flexllm.scheduler.scheduler import HybridTokenScheduler
 
 RUNNING, WAITING, JOBS = 256, 1000, 8
 LAYERS = 32
+LEVELS = (SaveLevel("recompute", bytes_per_token=1 << 16),)
 
 
 class Load:
@@ -45,7 +46,7 @@ def build(seed: int) -> HybridTokenScheduler:
     rng = random.Random(seed)
     for number in range(JOBS):
         lengths = [rng.randint(64, 1024) for _ in range(100)]
-        job = FinetuneJob(f"job{number}", lengths, lengths, group_size=4, epochs=1000, num_layers=LAYERS, bytes_per_token=1 << 16)
+        job = FinetuneJob(f"job{number}", lengths, lengths, group_size=4, epochs=1000, num_layers=LAYERS, levels=LEVELS)
         scheduler.add_job(job)
     return scheduler
 

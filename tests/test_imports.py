@@ -19,7 +19,8 @@ def test_the_engine_needs_no_web_or_wire_library() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_scheduler_needs_no_torch() -> None:
-    check = "import sys; import flexllm.scheduler.scheduler, flexllm.memory.budget; assert 'torch' not in sys.modules"
+def test_the_scheduler_and_the_simulator_need_no_torch() -> None:
+    modules = "flexllm.scheduler.scheduler, flexllm.memory.budget, flexllm.simulate.capacity, flexllm.simulate.roofline"
+    check = f"import sys; import {modules}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -166,6 +166,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     state_dir: Path = field(default_factory=state_dir)
     reference_ops: bool = False  # run ops/reference.py instead of the device's own operators
+    trace: Path | None = None  # write what every iteration does to this file (tracing.py)
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)

@@ -273,8 +273,7 @@ class TokenWindow:
         return _pairs(self.start, self.end)
 
 
-@dataclass(frozen=True, slots=True)
-class SlicePart:
+class SlicePart(NamedTuple):
     sequence: Sequence
     start: int
     end: int
@@ -370,9 +369,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """A token sampled for a request, or its end (`token_id` None when it ended without a new one)."""
+class TokenOutput(NamedTuple):
+    """A token sampled for a request, or its end (`token_id` None when it ended without a new one).
+
+    A named tuple for the reason that `InferenceChunk` is one.
+    """
 
     request_id: str
     token_id: int | None

@@ -35,6 +35,7 @@ from flexllm.profiler import load_costs, measure_costs, save_costs, take_profile
 from flexllm.scheduler.latency import LatencyModel
 from flexllm.scheduler.requests import QueueFullError
 from flexllm.scheduler.scheduler import HybridTokenScheduler
+from flexllm.tracing import IterationTrace
 
 MAX_TRAINING = 64  # adapters in training at once
 
@@ -50,6 +51,7 @@ class Engine:
         """Loads the model and takes (or reads) the latency profile. ValueError: model or settings that do not work."""
         report = progress or (lambda *_: None)
         self.config, self.clock = config, clock
+        self.trace = IterationTrace(config.trace) if config.trace else None
         device = _device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -88,7 +90,10 @@ class Engine:
         result = StepResult(tokens, losses, start, self.clock())
         self.last_step = plan, result
         outputs = self._finish_requests(self.scheduler.update(plan, result))
-        return replace(result, outputs=outputs, events=self._finish_jobs())
+        result = replace(result, outputs=outputs, events=self._finish_jobs())
+        if self.trace:
+            self.trace.iteration(plan, result, self.scheduler.num_running, self.scheduler.num_waiting)
+        return result
 
     def execute(self, plan: StepPlan) -> tuple[dict[str, TokenLogprob], tuple[Any, ...]]:
         """Carry out a plan: tokens by request id, and the windows' losses."""
@@ -165,14 +170,17 @@ class Engine:
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request wherever it is; unknown or finished ids are ignored."""
-        if self.scheduler.abort_request(request_id) is not None:
+        request = self.scheduler.abort_request(request_id)
+        if request is not None:
             self._forget(request_id)
+            if self.trace:
+                self.trace.aborted(request, self.clock())
 
     def _finish_requests(self, outputs: tuple[TokenOutput, ...]) -> tuple[TokenOutput, ...]:
         finished = []
         for output in outputs:
             logprobs = self._prompt_logprobs.pop(output.request_id, None)
-            finished.append(replace(output, prompt_logprobs=tuple(logprobs)) if logprobs else output)
+            finished.append(output._replace(prompt_logprobs=tuple(logprobs)) if logprobs else output)
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         return tuple(finished)
@@ -253,6 +261,8 @@ class Engine:
             self.trainer.save_resume(training, self.clock())
         self.trainer.writer.drain()
         self.latency.save(self._profile_path())
+        if self.trace:
+            self.trace.close()
 
     def stats(self) -> dict[str, Any]:
         """For metrics and live views; cheap."""

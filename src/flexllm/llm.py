@@ -63,7 +63,8 @@ class LLM:
 
     `model` is a folder, a .gguf file or a Hugging Face id; None is the default model. `quantization` (q8_0, q4_0 or q4_1) is
     the format of the decoder's linears; adapters are served and finetuned on them as they are. `config` replaces every other
-    argument. Raises ValueError for a model that cannot be loaded. Use it as a context manager, or call `close`.
+    argument. `trace` is a file to which every iteration is written (see `flexllm trace`). Raises ValueError for a model that
+    cannot be loaded. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LLM:
         device: str = "auto",
         threads: int | None = None,
         max_model_len: int | None = None,
+        trace: str | Path | None = None,
         config: EngineConfig | None = None,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
@@ -86,6 +88,7 @@ class LLM:
             threads=threads,
             max_model_len=max_model_len,
             scheduler=OFFLINE_SCHEDULER,
+            trace=Path(trace) if trace is not None else None,
         )
         self._engine = Engine(self.config, progress)
         self.tokenizer = Tokenizer(self._engine.model_folder)

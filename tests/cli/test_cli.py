@@ -11,7 +11,7 @@ import pytest
 
 from flexllm.cli.main import run
 
-VERBS = ("serve", "generate", "chat", "finetune", "compile", "profile", "demo")
+VERBS = ("serve", "generate", "chat", "finetune", "compile", "profile", "trace", "plan", "demo")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -61,6 +61,10 @@ def test_help_and_version_load_neither_torch_nor_transformers():
         (["finetune", "default", "--data", __file__, "-o", "out", "--target-modules", "q_proj,nonsense"], "target_modules"),
         (["finetune", "default", "--data", __file__, "-o", "out", "--learning-rate", "nan"], "learning_rate"),
         (["compile", "--peft", "magic"], "magic"),
+        (["plan", "--model", "config.json"], "--trace"),
+        (["plan", "--trace", "no-such-file.csv", "--model", "no-such-folder"], "no-such-folder"),
+        (["plan", "--trace", "a.csv", "--model", "config.json", "--device", "abacus"], "abacus"),
+        (["plan", "--trace", "a.csv", "--model", "config.json", "--slo-tpot", "-1"], "tpot"),
         (["compile", "--config", "no-such-file"], "no-such-file"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import partial
 from itertools import count
 from random import Random
 from typing import Any
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flexllm.config import SLO
-from flexllm.core import FinetuneJob, JobStatus, Request
+from flexllm.core import FinetuneJob, JobStatus, Request, StepPlan
+from flexllm.scheduler.latency import features_of
 from tests.scheduler.fake import FakeEngine, expected_steps, expected_token, make_job, make_request
 
 
@@ -184,4 +187,93 @@ def test_memory_pressure_never_loses_or_repeats_an_example(seed: int) -> None:
         assert produced == [expected_token(request, p) for p in range(len(request.prompt_ids), request.num_tokens)]
         assert len(produced) == request.sampling.max_tokens
     for job in jobs:
+        assert engine.steps[job.id] == expected_steps(job)
+
+
+@settings(max_examples=8, deadline=None)
+@given(weights=st.lists(st.floats(0.5, 3.0), min_size=2, max_size=4), idle_slice=st.floats(0.02, 0.03), seed=st.integers(0, 2**32))
+def test_no_job_starves_and_time_goes_by_weight(weights: list[float], idle_slice: float, seed: int) -> None:
+    """Jobs that could each use all the time, between requests: `served`, time by weight, stays within the few iterations of each
+    other that a job needs to use a turn in full."""
+    random = Random(seed)
+    engine = FakeEngine(2000, 4, finetune_bytes=1 << 30, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=idle_slice)
+    jobs = [
+        make_job(f"j{i}", [random.randint(150, 250) for _ in range(8)], epochs=10_000, group_size=random.randint(1, 4), weight=weight)
+        for i, weight in enumerate(weights)
+    ]
+    for job in jobs:
+        engine.scheduler.add_job(job)
+    served, idle = [0.0] * len(jobs), [0] * len(jobs)
+    for iteration in range(250):
+        if random.random() < 0.05:
+            engine.add_request(make_request(f"r{iteration}", random.randint(1, 60), random.randint(1, 60), engine.now))
+        if _is_finetuning(engine.step()):
+            for i, job in enumerate(jobs):
+                idle[i] = idle[i] + 1 if job.served == served[i] else 0
+                served[i] = job.served
+                assert idle[i] <= 4 * sum(weights) / job.weight
+        assert max(served) - min(served) <= 4 * idle_slice / min(weights)
+
+
+@settings(max_examples=8, deadline=None)
+@given(idle_slice=st.floats(0.03, 0.2), tpot=st.sampled_from([0.1, 1.0, 1e6]), seed=st.integers(0, 2**32))
+def test_finetuning_delays_a_newcomer_by_the_idle_slice_at_most(idle_slice: float, tpot: float, seed: int) -> None:
+    """A request that comes while an iteration runs is in the next one, and has waited for the inference of the one that ran, for
+    `idle_slice` seconds of finetuning, and for what the prediction was off by."""
+    random = Random(seed)
+    noise = 1.0
+    engine = FakeEngine(2000, 4, 1 << 30, lambda: noise, slo=SLO(ttft=1e6, tpot=tpot), idle_slice=idle_slice, max_running=64)
+    for i in range(3):
+        lengths = [random.randint(1, 120) for _ in range(8)]
+        engine.scheduler.add_job(make_job(f"j{i}", lengths, epochs=10_000, group_size=random.randint(1, 4)))
+    finetuning = 0
+    for iteration in range(80):
+        noise = random.uniform(0.8, 1.3)
+        comes = random.random() < 0.1
+        newcomer = make_request(f"r{iteration}", random.randint(1, 60), random.randint(1, 40), engine.now)
+        before = deepcopy(engine.latency)
+        plan = engine.step(partial(engine.add_request, newcomer) if comes else lambda: None)
+        finetuning += _is_finetuning(plan)
+        if comes:
+            inference = before.predict(features_of(StepPlan(inference=plan.inference)))
+            error = max(0.0, (noise - 1) * plan.predicted)
+            assert engine.now - newcomer.arrival <= inference + idle_slice + error + 1e-9
+            assert newcomer in [chunk.request for chunk in engine.step().inference]
+    assert finetuning > 10
+
+
+def _is_finetuning(plan: StepPlan) -> bool:
+    return bool(plan.windows or plan.backward or plan.optimizer_steps)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_job_cancelled_and_taken_up_again_misses_and_repeats_nothing(seed: int) -> None:
+    """Cancelled in mid-group, paused and robbed of its pages, then added anew at the optimizer step that was done last."""
+    random = Random(seed)
+    engine = FakeEngine(40, 4, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.02, max_window_rows=32, max_sequences=3)
+    shapes = [
+        {"lengths": [random.randint(1, 70) for _ in range(6)], "group_size": random.randint(1, 4), "weight": random.uniform(0.5, 3)}
+        for _ in range(2)
+    ]
+    jobs = {f"j{i}": make_job(f"j{i}", epochs=2, **shape) for i, shape in enumerate(shapes)}
+    for job in jobs.values():
+        engine.scheduler.add_job(job)
+    for iteration in range(150):
+        job_id, chance = random.choice(sorted(jobs)), random.random()
+        unfinished = [job.id for job in engine.scheduler.jobs]
+        if chance < 0.1:
+            engine.add_request(make_request(f"r{iteration}", random.randint(20, 100), random.randint(1, 20), engine.now))
+        elif job_id in unfinished and chance < 0.2:
+            random.choice([engine.scheduler.pause_job, engine.scheduler.resume_job])(job_id)
+        elif job_id in unfinished and chance < 0.25:
+            engine.remove_job(job_id)
+            jobs[job_id] = make_job(job_id, epochs=2, step=jobs[job_id].step, **shapes[int(job_id[1:])])
+            engine.scheduler.add_job(jobs[job_id])
+        engine.step()
+    for job_id in [job.id for job in engine.scheduler.jobs]:
+        engine.scheduler.resume_job(job_id)
+    engine.run()
+    for job in jobs.values():
+        assert job.status is JobStatus.SUCCEEDED
         assert engine.steps[job.id] == expected_steps(job)

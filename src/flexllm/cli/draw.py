@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from pathlib import Path
-from typing import Any
 
 from torch.fx import Node
 
+from flexllm.cli.plotting import pyplot
 from flexllm.compiler.prune import is_row_value
 from flexllm.compiler.remat import producer
 from flexllm.compiler.report import CompileReport, report_compiler, tensor_rows
@@ -21,7 +21,7 @@ NAMED = ("keep", "recompute", "checkpoint", "segments", "kv")  # levels that are
 
 def levels(report: CompileReport, path: Path) -> None:
     """Memory against time: every level a point, the frontier a line."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     tokens = report.seq_length * report.batch
     points = [(row.total_bytes / 1e6, row.relative_time, row.level) for row in report.levels]
@@ -40,7 +40,7 @@ def levels(report: CompileReport, path: Path) -> None:
 
 def layer(config: ModelConfig, peft: PeftConfig, save_level: str, seq_length: int, path: Path) -> None:
     """The forward graph of the most common kind of layer: a box per value, from the layer's input (left) to its output."""
-    plt = _pyplot()
+    plt = pyplot()
     job = report_compiler(config, peft, seq_length)
     main = max(job.compilers, key=job.kinds.count)
     plan = job.levels("recompute" if save_level == "auto" else save_level)[0]
@@ -89,14 +89,3 @@ def _sources(node: Node) -> list[Node]:
         elif source.target is not operator.getitem and is_operator(source):
             found += _sources(source)
     return found
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "flexllm-engine[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -11,7 +11,7 @@ from typer.exceptions import TyperException
 
 from flexllm import __version__
 from flexllm import config as settings
-from flexllm.cli import chat, compile, demo, finetune, generate, profile, serve
+from flexllm.cli import chat, compile, demo, finetune, generate, plan, profile, serve, trace
 
 USAGE_ERROR = 2  # also of errors in the user's files and values
 INTERRUPTED = 130
@@ -30,6 +30,8 @@ app.command()(chat.chat)
 app.command()(finetune.finetune)
 app.command()(compile.compile)
 app.command()(profile.profile)
+app.command()(plan.plan)
+app.command()(trace.trace)
 app.command()(demo.demo)
 
 

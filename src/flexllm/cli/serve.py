@@ -35,6 +35,9 @@ def serve(
         bool, typer.Option("--enable-adapter-loading", help="Allow /v1/load_lora_adapter and unload.")
     ] = False,
     adapter_dir: Annotated[Path | None, typer.Option(help="The one folder adapters may be loaded from.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write what every iteration does to this file; see `flexllm trace`.", show_default=False)
+    ] = None,
     max_adapters: Annotated[int, typer.Option(help="Adapters resident at once, serving and training.")] = 32,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -64,6 +67,7 @@ def serve(
         cache=CacheConfig(kv_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 1e9)),
         scheduler=SchedulerConfig(mode=mode, slo=SLO(slo_ttft, slo_tpot), max_running=max_running, max_batch_tokens=max_batch_tokens),
         state_dir=state_dir or settings.state_dir(),
+        trace=trace,
     )
     if enable_adapter_loading and adapter_dir is None:
         raise ValueError("--enable-adapter-loading needs --adapter-dir, the one folder that adapters may come from")

@@ -6,7 +6,7 @@ through the cache with the requests' rows); backward slices, few and large. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from flexllm.core import BackwardSlice, FinetuneJob, Sequence, SlicePart, TokenWindow
@@ -72,7 +72,7 @@ class SlackFill:
             limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
             labels = partial(expected_labels, sequence)
             rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
-            if rows < limit and self._waits(state, sequence, labels, rows, limit):
+            if rows < limit and self._waits(state, sequence, rows, limit):
                 return True
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
@@ -83,12 +83,13 @@ class SlackFill:
                 return rows == 0  # where not one row fits, a slice may
         return True
 
-    def _waits(self, state: JobState, sequence: Sequence, labels: Callable[[int], int], rows: int, limit: int) -> bool:
+    def _waits(self, state: JobState, sequence: Sequence, rows: int, limit: int) -> bool:
         """Whether a window of `rows` is not worth its cost yet: time left unused now is slack later, and ten rows cost nearly what
         a hundred do."""
         if self._must_progress or state.waited >= MAX_WAITS:
             return False
-        if 2 * rows >= self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._ceiling):
+        twice = TokenWindow(sequence, sequence.forward, sequence.forward + 2 * rows + 1)
+        if twice.rows > limit or self._latency.predict(self.features + _features_of(twice)) > self._ceiling:
             return False
         state.waited += 1
         return True
@@ -103,7 +104,7 @@ class SlackFill:
         self._jobs.grow(sequence, window.end)
         self.windows.append(window)
         self._window_rows_left -= rows
-        self._charge(state, PlanFeatures(rows=rows, prefill_pairs=window.pairs, label_rows=expected_labels(sequence, rows)))
+        self._charge(state, _features_of(window))
 
     # --------------------------------------------------------------------------------------------------------- backward
     def _backward(self, state: JobState) -> bool:
@@ -136,8 +137,12 @@ class SlackFill:
 
         False when the time is used up first.
         """
-        while (layer := max(self._cursor(s)[0] for s in cohort)) >= state.job.lowest_layer:
-            level = [(s, self._cursor(s)[1]) for s in cohort if self._cursor(s)[0] == layer]
+        while True:
+            cursors = [(s, *self._cursor(s)) for s in cohort]
+            layer = max(layer for _, layer, _ in cursors)
+            if layer < state.job.lowest_layer:
+                return True
+            level = [(s, row) for s, at, row in cursors if at == layer]
             whole = sum(row for _, row in level)
             limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
             first = cohort[0]
@@ -154,14 +159,13 @@ class SlackFill:
             self._add_slice(state, BackwardSlice(layer, tuple(_last_rows(level, rows))))
             if rows < limit:
                 return False
-        return True
 
     def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
         self.backward.append(item)
         state.waited = 0
+        below = item.lowest - 1
         for part in item.parts:
-            done = part.start == 0
-            self._cursors[part.sequence.id] = (item.lowest - 1, part.sequence.length) if done else (item.layer, part.start)
+            self._cursors[part.sequence.id] = (item.layer, part.start) if part.start else (below, part.sequence.length)
         self._charge(state, PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1))
 
     def _completes_group(self, state: JobState) -> bool:
@@ -191,6 +195,11 @@ class SlackFill:
         predicted = self._latency.predict(self.features)
         state.job.served += (predicted - self.predicted) / state.job.weight
         self.predicted = predicted
+
+
+def _features_of(window: TokenWindow) -> PlanFeatures:
+    labels = expected_labels(window.sequence, window.rows)
+    return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels)
 
 
 def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]:

@@ -166,8 +166,9 @@ class JobTable:
 
     def admit_next(self, state: JobState, share: int) -> Sequence | None:
         """Admit the next pending sequence of a job that may hold `share` sequences; None if there is none or no room."""
-        in_flight = sum(len(s.admitted) for s in self._states.values())
-        if not state.pending or self._released or len(state.admitted) >= share or in_flight >= self._max_sequences:
+        if not state.pending or self._released or len(state.admitted) >= share:
+            return None
+        if sum(len(s.admitted) for s in self._states.values()) >= self._max_sequences:
             return None
         sequence = state.pending[0]
         spare = self._pool.num_free - self._promised() - self._watermark

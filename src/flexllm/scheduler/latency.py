@@ -13,19 +13,23 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from operator import add
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from flexllm.core import Sequence, StepPlan
 
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
+SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
 
 
-@dataclass(frozen=True, slots=True)
-class PlanFeatures:
-    """What the time of an iteration depends on. Counts over the whole iteration."""
+class PlanFeatures(NamedTuple):
+    """What the time of an iteration depends on. Counts over the whole iteration. `+` adds them up, one by one.
+
+    A named tuple, because several are built per iteration: a frozen dataclass takes three times as long.
+    """
 
     rows: int = 0  # forward rows: inference and windows
     decode_rows: int = 0
@@ -38,26 +42,15 @@ class PlanFeatures:
     backward_slices: int = 0
     optimizer_steps: int = 0
 
-    def __add__(self, other: PlanFeatures) -> PlanFeatures:
-        return PlanFeatures(
-            self.rows + other.rows,
-            self.decode_rows + other.decode_rows,
-            self.decode_context + other.decode_context,
-            self.prefill_pairs + other.prefill_pairs,
-            self.sampled_rows + other.sampled_rows,
-            self.label_rows + other.label_rows,
-            self.backward_rows + other.backward_rows,
-            self.backward_pairs + other.backward_pairs,
-            self.backward_slices + other.backward_slices,
-            self.optimizer_steps + other.optimizer_steps,
-        )
+    def __add__(self, other: PlanFeatures) -> PlanFeatures:  # type: ignore[override]  # not a concatenation
+        return PlanFeatures(*map(add, self, other))
 
     @property
     def is_empty(self) -> bool:
         return not (self.rows or self.backward_slices or self.optimizer_steps)
 
 
-LINEAR = tuple(f.name for f in fields(PlanFeatures) if f.name != "rows")
+LINEAR = PlanFeatures._fields[1:]  # all but `rows`
 # A crude prior, good for nothing but starting: a small model on two CPU cores.
 _DEFAULT = {
     "t0": 3e-3,
@@ -225,7 +218,7 @@ class LatencyModel:
         self._t0, self._slopes, self._linear = theta[0], theta[1 : 1 + SEGMENTS], theta[1 + SEGMENTS :]
         self._cumulative = [0.0]  # g at the start of each segment
         for i, slope in enumerate(self._slopes[:-1]):
-            self._cumulative.append(self._cumulative[-1] + slope * (_segment_start(i + 1) - _segment_start(i)))
+            self._cumulative.append(self._cumulative[-1] + slope * (SEGMENT_STARTS[i + 1] - SEGMENT_STARTS[i]))
 
     def _seconds(self, features: PlanFeatures) -> float:
         c = self._linear
@@ -245,30 +238,35 @@ class LatencyModel:
 
     def _curve(self, rows: int) -> float:
         i = min(rows.bit_length(), SEGMENTS - 1)
-        return self._cumulative[i] + self._slopes[i] * (rows - _segment_start(i))
+        return self._cumulative[i] + self._slopes[i] * (rows - SEGMENT_STARTS[i])
 
     def _vector(self, features: PlanFeatures) -> np.ndarray:
         rows = features.rows
-        hinges = [max(0, min(rows, _segment_start(i + 1)) - _segment_start(i)) for i in range(SEGMENTS - 1)]
-        hinges.append(max(0, rows - _segment_start(SEGMENTS - 1)))
-        return np.array([1, *hinges, *(getattr(features, name) for name in LINEAR)], dtype=np.float64)
-
-
-def _segment_start(i: int) -> int:
-    return (1 << i) >> 1
+        hinges = [max(0, min(rows, SEGMENT_STARTS[i + 1]) - SEGMENT_STARTS[i]) for i in range(SEGMENTS - 1)]
+        hinges.append(max(0, rows - SEGMENT_STARTS[SEGMENTS - 1]))
+        return np.array([1, *hinges, *features[1:]], dtype=np.float64)
 
 
 def _largest(limit: int, cost: Callable[[int], float], budget: float) -> int:
-    """Largest n in [0, limit] with cost(n) <= budget, for a cost that never falls; 0 if there is none."""
-    if limit <= 0 or cost(limit) <= budget:
+    """Largest n in [0, limit] with cost(n) <= budget, for a cost that never falls; 0 if there is none.
+
+    Costs are close to straight lines, so every other guess is where a line would meet the budget; bisection in between
+    bounds the number of guesses.
+    """
+    if limit <= 0 or (at_high := cost(limit)) <= budget:
         return max(limit, 0)
-    low, high = 0, limit
+    low, high, at_low = 0, limit, cost(0)
+    if at_low > budget:
+        return 0
+    straight = True
     while high - low > 1:
-        middle = (low + high) // 2
-        if cost(middle) <= budget:
-            low = middle
+        share = (budget - at_low) / (at_high - at_low) if straight else 0.5
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        straight = not straight
+        if (at_middle := cost(middle)) <= budget:
+            low, at_low = middle, at_middle
         else:
-            high = middle
+            high, at_high = middle, at_middle
     return low
 
 

@@ -1,7 +1,7 @@
 """Requests: who waits, who runs, which rows go next, who gives way when pages run out.
 
-What `schedule` reads every iteration (deadlines, context sums, who needs a page) is kept up to date as tokens arrive, so
-that planning an iteration costs next to nothing per running request.
+What `schedule` reads every iteration (next rows, deadlines, context sums, who needs a page) is kept up to date as tokens
+arrive, so that planning an iteration costs next to nothing per running request.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class RequestQueues:
         self._requests: dict[str, Request] = {}
         self._classes: dict[str, PriorityClass] = {}  # the most urgent first
         self._decoding: dict[str, Request] = {}
+        self._next_rows: dict[str, InferenceChunk] = {}  # of each decoding request
         self._deadlines: dict[str, float] = {}  # of the next token of each decoding request
         self._need_page: dict[str, Request] = {}  # decoding, and the next row has no page yet
         self._decode_context = 0  # keys that the next row of each decoding request sees
@@ -103,8 +104,7 @@ class RequestQueues:
         `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
-        new = tuple.__new__  # one per running request and iteration: the constructor's Python frame would double the cost
-        decodes = [new(InferenceChunk, (r, r.num_computed, r.num_computed + 1, True)) for r in self._decoding.values()]
+        decodes = list(self._next_rows.values())
         prefills: list[InferenceChunk] = []
         rows_left = self._config.max_batch_tokens - len(decodes)
         self.page_blocked = False
@@ -185,6 +185,7 @@ class RequestQueues:
         assert all(0 <= r.num_computed <= min(r.num_tokens, len(r.blocks) * self._pool.block_size) for r in running)
         assert all(r.is_decoding for r in self._decoding.values())
         assert self._deadlines.keys() == self._decoding.keys()
+        assert list(self._next_rows.values()) == [(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
         assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
         assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
 
@@ -259,6 +260,7 @@ class RequestQueues:
         if self._decoding.pop(request.id, None) is not None:
             self._decode_context -= request.num_tokens
             self._need_page.pop(request.id, None)
+            self._next_rows.pop(request.id, None)
             self._deadlines.pop(request.id, None)
         else:
             self._class_of(request).prefilling.remove(request)
@@ -271,6 +273,8 @@ class RequestQueues:
         self._decode_context += request.num_tokens
 
     def _await_token(self, request: Request) -> None:
+        new = tuple.__new__  # one per token: the constructor's Python frame would double the cost
+        self._next_rows[request.id] = new(InferenceChunk, (request, request.num_computed, request.num_computed + 1, True))
         self._deadlines[request.id] = self._deadline(request, self._config.slo_of(request.priority))
         if not self._has_page(request):
             self._need_page[request.id] = request
