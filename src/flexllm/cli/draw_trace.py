@@ -57,6 +57,8 @@ def make_up(plt: Any, recording: Recording) -> Any:
 
 def prediction(plt: Any, recording: Recording) -> Any:
     """The latency model against the clock: below the diagonal an iteration was faster than planned."""
+    from matplotlib import ticker
+
     figure, axes = plt.subplots(figsize=(6.2, 5.8), layout="constrained")
     predicted, actual = (1e3 * np.array(recording.columns[name]) for name in ("predicted", "actual"))
     finetunes = np.array(recording.columns["window"]) + np.array(recording.columns["backward"]) > 0
@@ -69,10 +71,15 @@ def prediction(plt: Any, recording: Recording) -> Any:
     ):
         if (members & shown).any():
             axes.scatter(predicted[members & shown], actual[members & shown], s=9, alpha=0.5, linewidths=0, color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="predicted, ms", ylabel="actual, ms", title="Iterations as predicted and as they were")
+    axes.set(xscale="log", yscale="log", xlabel="predicted, ms", ylabel="actual, ms")
+    axes.set_title("Iterations as predicted and as they were", loc="left", fontsize=11)
     low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="#444", lw=1, zorder=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):  # 200, not 2 x 10^2; between powers of ten only 2 and 5, which have room
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", frameon=False, markerscale=2)
     return figure
@@ -80,10 +87,13 @@ def prediction(plt: Any, recording: Recording) -> Any:
 
 def slack(plt: Any, recording: Recording) -> Any:
     """The time each iteration had, and the time it took."""
+    from matplotlib import ticker
+
     figure, axes = plt.subplots(figsize=SHAPE, layout="constrained")
     start, serves = np.array(recording.start), np.array(recording.serves)
     had, took = (1e3 * np.array(recording.columns[name]) for name in ("slack", "actual"))
     late = serves & (took > had)
+    axes.vlines(start[late], had[late], took[late], color=LATE, lw=0.6, alpha=0.25)  # by how much
     axes.scatter(start[~serves], had[~serves], s=5, color=QUIET, linewidths=0, label="a newcomer's wait (nobody is here)")
     axes.scatter(start[serves], had[serves], s=7, color=GREEN, linewidths=0, label="slack: time to the earliest deadline")
     axes.scatter(start[~late], took[~late], s=5, color=COLOURS["decode"], linewidths=0, label="iteration")
@@ -92,7 +102,8 @@ def slack(plt: Any, recording: Recording) -> Any:
     threshold = max(1.0, float(np.quantile(took, 0.1)))
     axes.set_yscale("symlog", linthresh=threshold)  # a slack may be zero
     axes.set(xlabel="seconds", ylabel="ms", xlim=(0, recording.span))
-    axes.set_ylim(0.0, float(values.max()) * 1.5)
+    axes.set_ylim(-0.05 * threshold, float(values.max()) * 1.5)
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
     axes.grid(alpha=0.25)
     _head(axes, "The promise: iterations end within the slack", 2)
     return figure
@@ -109,7 +120,7 @@ def throughput(plt: Any, recording: Recording) -> Any:
         axes.stairs(_binned(recording, column, edges) / np.diff(edges), edges, color=colour, lw=1.6, label=label)
     if recording.steps:
         axes.plot(
-            recording.steps, np.zeros(len(recording.steps)), "|", color=COLOURS["backward"], ms=9, label="optimizer step", clip_on=False
+            recording.steps, np.zeros(len(recording.steps)), "^", color=COLOURS["backward"], ms=6, label="optimizer step", clip_on=False
         )
     axes.set(xlabel="seconds", ylabel="per second", xlim=(0, edges[-1]), ylim=(0, None))
     axes.grid(alpha=0.25)

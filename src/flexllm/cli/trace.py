@@ -118,7 +118,7 @@ def by_kind(recording: Recording) -> tuple[list[str], list[list[str]]]:
     rows.append(
         ["all", f"{len(actual):,}", f"{sum(actual):.2f}", "100.0%", f"{1e3 * _quantile(actual, 0.5):.1f}", *_errors(predicted, actual)]
     )
-    return ["iteration", "count", "seconds", "of the time", "median ms", "error p50", "error p95"], rows
+    return ["iteration", "count", "s", "share", "p50 ms", "error p50", "error p95"], rows
 
 
 def whole(recording: Recording) -> list[tuple[str, str]]:
@@ -163,9 +163,12 @@ def _quantile(values: list[float], q: float) -> float:
 def _print(name: str, kinds: tuple[list[str], list[list[str]]], figures: list[tuple[str, str]]) -> None:
     console = Console(highlight=False)
     headings, rows = kinds
-    view = Table(title=f"Iterations of {name}", caption="error: actual / predicted - 1")
+    view = Table(title=f"Iterations of {name}", caption="share: of the time; error: actual / predicted - 1")
     for heading in headings:
-        view.add_column(heading, justify="left" if heading == "iteration" else "right", no_wrap=heading == "iteration")
+        if heading == "iteration":
+            view.add_column(heading, overflow="fold")  # in a narrow terminal it is the names that give way
+        else:
+            view.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         view.add_row(*row, end_section=row is rows[-2])
     console.print(view)
@@ -202,7 +205,7 @@ def _html(name: str, kinds: tuple[list[str], list[list[str]]], figures: list[tup
         f"<h1>{title}</h1>",
         *("<table>", *map(line, figures), "</table>"),
         *("<table>", line(headings, "th"), *map(line, rows), "</table>"),
-        "<p>error: actual / predicted - 1</p>",
+        "<p>share: of the time; error: actual / predicted - 1</p>",
         *images,
         "</body></html>\n",
     ]
