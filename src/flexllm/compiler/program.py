@@ -35,8 +35,6 @@ class LayerBackward:
 
     saved: tuple[SavedTensor, ...]
     emitted: Emitted
-    choice: Choice
-    recomputed: frozenset[Node]  # forward operators that the backward runs again
 
     @property
     def saved_names(self) -> frozenset[str]:
@@ -72,8 +70,7 @@ class LayerCompiler:
     def compile(self, choice: Choice) -> LayerBackward:
         if choice.saved not in self._compiled:
             saved = tuple(saved_tensor(n) for n in choice.saved)
-            emitted = emit_backward(self.pruned, choice.saved, self.kernels)
-            self._compiled[choice.saved] = LayerBackward(saved, emitted, choice, self.remat.recomputed(choice.saved))
+            self._compiled[choice.saved] = LayerBackward(saved, emit_backward(self.pruned, choice.saved, self.kernels))
         return self._compiled[choice.saved]
 
 

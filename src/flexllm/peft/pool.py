@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class AdapterSlot:
     start: int
     index: int
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return self.method.rank(self.config)
 
@@ -45,7 +46,7 @@ class AdapterSlot:
     def virtual_tokens(self) -> int:
         return self.config.num_virtual_tokens
 
-    @property
+    @cached_property
     def features(self) -> frozenset[str]:
         return self.method.features(self.config)
 
@@ -82,7 +83,6 @@ class _KindPool:
         self.slots: dict[int, AdapterSlot] = {}
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.num_layers)]
         self.declared: dict[str, Parameter] = {}  # by "<site>.<name>"
-        self.views: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
 
     def place(self, rank: int) -> tuple[int, int]:
         """(first of `rank` free rows, free slot index)."""
@@ -100,31 +100,25 @@ class _KindPool:
             )
         return start, index
 
-    def declare(self, parameters: Mapping[str, Parameter]) -> None:
-        for key, parameter in parameters.items():
-            if key in self.declared:
-                continue
+    def declare(self, parameters: Mapping[str, Parameter]) -> bool:
+        """Make the tensors that are not there yet; whether there were any."""
+        new = {key: p for key, p in parameters.items() if key not in self.declared}
+        for key, parameter in new.items():
             self.declared[key] = parameter
             rows = self.ranks if parameter.pooling == "rank" else self.num_slots
             shared = self._new(rows, parameter) if parameter.shared else None
             for layer in self.layers:
                 layer[key] = shared if shared is not None else self._new(rows, parameter)
-            self.views.clear()
+        return bool(new)
 
     def _new(self, rows: int, parameter: Parameter) -> Tensor:
         tensor = lazy_zeros(rows, parameter.width, dtype=self.dtype, device=self.device)
         return tensor.fill_(parameter.neutral) if parameter.neutral else tensor
 
     def range(self, start: int, end: int) -> list[dict[str, Tensor]]:
-        """Per layer, rows [start, end) of what is rank-pooled and all of the rest; kept, for building views costs more than using
-        them."""
-        key = (start, end)
-        if key not in self.views:
-            if len(self.views) > 64:
-                self.views.clear()
-            ranked = {k for k, p in self.declared.items() if p.pooling == "rank"}
-            self.views[key] = [{k: v[start:end] if k in ranked else v for k, v in layer.items()} for layer in self.layers]
-        return self.views[key]
+        """Per layer, rows [start, end) of what is rank-pooled and all of the rest."""
+        ranked = {k for k, p in self.declared.items() if p.pooling == "rank"}
+        return [{k: v[start:end] if k in ranked else v for k, v in layer.items()} for layer in self.layers]
 
 
 @dataclass
@@ -138,7 +132,7 @@ class AdapterPool:
     max_slots: int = 64
     slots: dict[int, AdapterSlot] = field(default_factory=dict)
     _kinds: dict[str, _KindPool] = field(default_factory=dict)
-    _bound: dict[tuple[Any, ...], tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
+    _bound: dict[tuple[Any, ...], tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)  # views, costlier to build than to use
     _declarations: dict[tuple[PeftMethod, frozenset[str], int], dict[str, Parameter]] = field(default_factory=dict)
     _next_id: int = 0
 
@@ -224,7 +218,8 @@ class AdapterPool:
             start, end = min(s.start for s in slots), max(s.end for s in slots)
             features = frozenset().union(*(s.features for s in slots))
             method = next(iter(slots)).method
-            self._kinds[kind].declare(self._declared(method, features))  # one may have at a site what another has at its sites
+            if self._kinds[kind].declare(self._declared(method, features)):  # one has at its sites what another lacks at its own
+                self._bound.clear()
             bindings.append(Binding(kind, method, features))
             first_rank[kind] = start
             ranges.append((kind, start, end))
