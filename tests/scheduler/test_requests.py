@@ -2,7 +2,7 @@ import pytest
 
 from flexllm.config import SLO
 from flexllm.core import FinishReason, InferenceChunk, RequestStatus, SamplingParams
-from flexllm.scheduler.requests import QueueFullError
+from flexllm.scheduler.requests import PROMPT_SHARE, QueueFullError
 from tests.scheduler.fake import FakeEngine, expected_token, make_request
 
 
@@ -164,7 +164,7 @@ def test_slack_is_the_earliest_deadline():
     engine = FakeEngine(slo=SLO(ttft=10, tpot=0.5))
     request = make_request("r", output=20)
     engine.add_request(request)
-    assert engine.step().slack == pytest.approx(10 / 1.1)
+    assert engine.step().slack == pytest.approx(PROMPT_SHARE * 10 / 1.1)
     for _ in range(3):
         now, tokens = engine.now, len(request.output_ids)
         assert engine.step().slack == pytest.approx((request.first_token_time + tokens * 0.5 - now) / 1.1)

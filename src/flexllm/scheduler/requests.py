@@ -14,9 +14,11 @@ from itertools import islice
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
+from flexllm.scheduler.headroom import FirstTokens
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
 SCAN_DEPTH = 8  # waiting requests of a class that are looked at for their deadlines
+PROMPT_SHARE = 0.25  # of the TTFT objective may be gone before a first token because of finetuning; the rest is for what comes meanwhile
 
 
 class QueueFullError(ValueError):
@@ -30,6 +32,8 @@ class PriorityClass:
         self.slo = slo
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # hold the pages of all their tokens
+        self.num_decoding = 0
+        self.first_tokens = FirstTokens()
 
 
 class RequestQueues:
@@ -129,22 +133,46 @@ class RequestQueues:
             sampled_rows=known + sum(c.sample for c in chunks[known:]),
         )
 
-    def slack(self, now: float, chunks: tuple[InferenceChunk, ...]) -> float:
+    def slack(self, now: float, chunks: tuple[InferenceChunk, ...], reserve: float = 0.0) -> float:
         """Seconds this iteration may take if no deadline that is still ahead is to be missed; at least 0, inf without requests.
 
-        A decoding request needs its next token by the end of this iteration. One without a first token needs, after
-        this iteration, still the time to prefill what is left of it and of those before it.
+        A decoding request needs its next token by the end of this iteration, and `reserve` seconds before it is due. One without
+        a first token needs, after this iteration, still the time to prefill what is left of it and of those before it.
         """
-        slack = min(self._deadlines.values(), default=math.inf) - now
-        batch = self._config.max_batch_tokens
-        seconds_per_row = self._latency.predict(PlanFeatures(rows=batch, prefill_pairs=batch * batch // 2)) / batch
+        slack = min(self._deadlines.values(), default=math.inf) - now - reserve
+        if len(self._deadlines) == len(self._requests):
+            return max(slack, 0.0)
         planned = {c.request.id: c.end for c in chunks[len(self._decoding) :]}
+        seconds_per_row = self._seconds_per_prefill_row()
         rows_ahead = 0
         for queue in self._classes.values():
             for request in [*queue.prefilling, *islice(queue.waiting, SCAN_DEPTH)]:
                 rows_ahead += request.num_tokens - planned.get(request.id, request.num_computed)
-                slack = min(slack, self._deadline(request, queue.slo) - now - rows_ahead * seconds_per_row)
+                due = self._deadline(request, queue.slo)
+                if request.first_token_time is None:
+                    due -= (1 - PROMPT_SHARE) * queue.slo.ttft
+                slack = min(slack, due - now - rows_ahead * seconds_per_row)
         return max(slack, 0.0)
+
+    def _seconds_per_prefill_row(self) -> float:
+        """In an iteration as full as it may be, which also decodes."""
+        decodes = len(self._decoding)
+        rows = max(1, self._config.max_batch_tokens - decodes)
+        full = PlanFeatures(decodes + rows, decodes, self._decode_context, rows * rows // 2, decodes)
+        return self._latency.predict(full) / rows
+
+    def pace(self) -> float:
+        """Seconds per token of the most demanding running request; inf when none runs."""
+        return min((q.slo.tpot for q in self._classes.values() if q.num_decoding), default=math.inf)
+
+    def spare(self, now: float) -> float:
+        """Seconds that first tokens lately had to spare, in the class that has least; inf when none came lately."""
+        return min((queue.first_tokens.spare(now) for queue in self._classes.values()), default=math.inf)
+
+    @property
+    def is_full(self) -> bool:
+        """A request waits until others end: whatever slows these down makes it late."""
+        return self.num_waiting > 0 and (self.page_blocked or self.num_running >= self._max_running)
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
@@ -162,6 +190,8 @@ class RequestQueues:
             request.last_token_time = result.end
             if request.first_token_time is None:
                 request.first_token_time = result.end
+                queue = self._class_of(request)
+                queue.first_tokens.add(result.end, request.arrival + queue.slo.ttft - result.end)
             if request.id in self._decoding:
                 self._decode_context += 1
             else:
@@ -186,6 +216,7 @@ class RequestQueues:
         assert all(r.is_decoding for r in self._decoding.values())
         assert self._deadlines.keys() == self._decoding.keys()
         assert list(self._next_rows.values()) == [(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
+        assert sum(c.num_decoding for c in self._classes.values()) == len(self._decoding)
         assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
         assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
 
@@ -258,6 +289,7 @@ class RequestQueues:
 
     def _stop_running(self, request: Request) -> None:
         if self._decoding.pop(request.id, None) is not None:
+            self._class_of(request).num_decoding -= 1
             self._decode_context -= request.num_tokens
             self._need_page.pop(request.id, None)
             self._next_rows.pop(request.id, None)
@@ -268,7 +300,9 @@ class RequestQueues:
         request.blocks = []
 
     def _start_decoding(self, request: Request) -> None:
-        self._class_of(request).prefilling.remove(request)
+        queue = self._class_of(request)
+        queue.prefilling.remove(request)
+        queue.num_decoding += 1
         self._decoding[request.id] = request
         self._decode_context += request.num_tokens
 

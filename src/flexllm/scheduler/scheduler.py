@@ -7,6 +7,7 @@ from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, Request, Seq
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
+from flexllm.scheduler.headroom import PromptBursts, newcomer_wait
 from flexllm.scheduler.jobs import JobTable
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
@@ -21,8 +22,9 @@ class HybridTokenScheduler:
     and removed. Times are on the caller's clock. Not thread-safe.
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
-    Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. An iteration
-    also never grows by more than `newcomer_wait` seconds of finetuning, because a request may arrive while it runs.
+    Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. Some of it is kept
+    for requests that are not here yet (headroom.py): running ones stay ahead by what prompts lately put them back, an
+    iteration grows by no more finetuning than a newcomer can afford to wait, and there is none while the batch is full.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel, finetune_budget: ByteBudget) -> None:
@@ -32,6 +34,7 @@ class HybridTokenScheduler:
         self._pool = pool
         self._requests = RequestQueues(config, pool, latency)
         self._jobs = JobTable(pool, finetune_budget, config.max_sequences)
+        self._bursts = PromptBursts()
         self._margin = 0.1  # of a predicted time, for prediction errors
         self._num_updates = 0
         self._inference_streak = 0  # mode `temporal`: iterations since finetuning had its turn
@@ -90,14 +93,17 @@ class HybridTokenScheduler:
         """What the next iteration does."""
         self._jobs.drop_paused()
         if self._is_finetuning_turn(now):
-            plan = self._compose((), PlanFeatures(), self._turn_seconds(), finetuning=True)
+            seconds = self._turn_seconds()
+            plan = self._compose((), PlanFeatures(), seconds, seconds, finetuning=True)
             if not plan.is_empty:
                 self._inference_streak = 0
                 return plan
         self._inference_streak += 1
         inference, features = self._plan_inference()
-        slack = self._slack(now, inference)
-        return self._compose(inference, features, slack, finetuning=self.config.mode in ("coserve", "finetune"))
+        self._watch_prompts(features)
+        slack, wait = self._slack(now, inference), self._newcomer_wait(now)
+        finetuning = self.config.mode == "finetune" or (self.config.mode == "coserve" and not self._requests.is_full)
+        return self._compose(inference, features, slack, wait, finetuning)
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[TokenOutput, ...]:
         """Book what an iteration did; returns the tokens it sampled. What was removed since it was planned is passed over."""
@@ -129,12 +135,24 @@ class HybridTokenScheduler:
     def _slack(self, now: float, inference: tuple[InferenceChunk, ...]) -> float:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
-            return self.config.newcomer_wait
-        return self._requests.slack(now, inference) / (1 + self._margin)
+            return self._newcomer_wait(now)
+        return self._requests.slack(now, inference, self._bursts.reserve) / (1 + self._margin)
 
-    def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
-        """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
-        ceiling = self.latency.predict(features) + self.config.newcomer_wait if inference else slack
+    def _newcomer_wait(self, now: float) -> float:
+        return newcomer_wait(self.config.newcomer_wait, self._requests.spare(now))
+
+    def _watch_prompts(self, features: PlanFeatures) -> None:
+        """Learn how far prompts put the running requests back."""
+        if features.rows > features.decode_rows and features.decode_rows:
+            self._bursts.iteration(self._inference_seconds, self._requests.pace())
+        else:
+            self._bursts.end()
+
+    def _compose(
+        self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, wait: float, finetuning: bool
+    ) -> StepPlan:
+        """The plan of these inference rows and, when it is its time, of at most `wait` seconds of finetuning within the slack."""
+        ceiling = self.latency.predict(features) + wait if inference else slack
         budget = min(slack, ceiling)
         fill = SlackFill(self._jobs, self.latency, features, budget, ceiling, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
