@@ -7,6 +7,7 @@ admission, page growth and finetuning are all at work. The objective is a median
 from __future__ import annotations
 
 import random
+import statistics
 import time
 
 from client import percentile
@@ -19,6 +20,7 @@ from flexllm.scheduler.latency import LatencyModel
 from flexllm.scheduler.scheduler import HybridTokenScheduler
 
 RUNNING, WAITING, JOBS = 256, 1000, 8
+PROMPTS, OUTPUTS = (16, 256), (64, 512)  # tokens, from and to
 LAYERS = 32
 LEVELS = (SaveLevel("recompute", bytes_per_token=1 << 16),)
 
@@ -33,15 +35,19 @@ class Load:
 
     def refill(self, now: float) -> None:
         while self._scheduler.num_waiting < WAITING:
-            prompt = [1] * self._rng.randint(16, 256)
-            sampling = SamplingParams(max_tokens=self._rng.randint(64, 512), ignore_eos=True)
+            prompt = [1] * self._rng.randint(*PROMPTS)
+            sampling = SamplingParams(max_tokens=self._rng.randint(*OUTPUTS), ignore_eos=True)
             self._scheduler.add_request(Request(f"r{self._count}", prompt, sampling, arrival=now))
             self._count += 1
 
 
 def build(seed: int) -> HybridTokenScheduler:
-    config = SchedulerConfig(slo=SLO(ttft=3600.0, tpot=1.0), max_running=RUNNING, max_batch_tokens=1024)
-    blocks = RUNNING * 64
+    """A scheduler that has room for more requests than RUNNING: with a full batch it would leave finetuning out. Their number is
+    where as many end as the rows of an iteration can prefill."""
+    prompt, output = sum(PROMPTS) / 2, sum(OUTPUTS) / 2
+    rows = round(RUNNING * (prompt + output) / output)
+    config = SchedulerConfig(slo=SLO(ttft=3600.0, tpot=1.0), max_running=2 * RUNNING, max_batch_tokens=rows, idle_slice=0.5)
+    blocks = RUNNING * 128
     scheduler = HybridTokenScheduler(config, BlockPool(blocks, 16), LatencyModel.default(), ByteBudget(1 << 40))
     rng = random.Random(seed)
     for number in range(JOBS):
@@ -70,7 +76,7 @@ def main() -> None:
         now = result.end
         load.refill(now)
     log(f"{scheduler.num_running} running, {scheduler.num_waiting} waiting, {len(scheduler.jobs)} jobs")
-    plan_ms, update_ms, with_finetuning = [], [], 0
+    plan_ms, update_ms, running, with_finetuning = [], [], [], 0
     for _ in range(iterations):
         start = time.perf_counter()
         plan = scheduler.schedule(now)
@@ -80,6 +86,7 @@ def main() -> None:
         scheduler.update(plan, result)
         update_ms.append(1e3 * (time.perf_counter() - answered))
         plan_ms.append(1e3 * (planned - start))
+        running.append(scheduler.num_running)
         with_finetuning += bool(plan.windows or plan.backward)
         now = result.end
         load.refill(now)
@@ -92,7 +99,7 @@ def main() -> None:
         "update_p99_ms": percentile(update_ms, 0.99),
         "iterations": iterations,
         "share_with_finetuning": with_finetuning / iterations,
-        "running": RUNNING,
+        "running": statistics.mean(running),
         "waiting": WAITING,
         "jobs": JOBS,
     }

@@ -27,6 +27,22 @@ def test_a_run_goes_on_where_it_ended_while_there_is_room():
     pool.check_integrity()
 
 
+def test_extending_is_allocating_one_more_at_the_end():
+    pools = [BlockPool(6, 16), BlockPool(6, 16)]
+    for pool in pools:
+        pool.allocate(1, room=3)
+        pool.allocate(1)
+    extended, appended = [0], [0]
+    for _ in range(4):
+        pools[0].extend(extended)
+        appended += pools[1].allocate(1, after=appended[-1])
+        assert extended == appended
+        for pool in pools:
+            pool.check_integrity()
+    with pytest.raises(NoFreeBlocks):
+        pools[0].extend(extended)
+
+
 def test_earmarks_end_with_the_run_they_follow():
     pool = BlockPool(4, 16)
     blocks = pool.allocate(1, room=4)

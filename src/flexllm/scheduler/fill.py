@@ -147,6 +147,8 @@ class SlackFill:
             limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
             first = cohort[0]
             layers = layer - first.lowest_of_slice(layer) + 1
+            if whole == limit == sum(s.length for s in cohort) and self._add_slices(state, layer, layers, cohort):
+                continue
             weight = layers * first.save_level.cost
             rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
             if rows < min(limit, MIN_ROWS):
@@ -159,6 +161,26 @@ class SlackFill:
             self._add_slice(state, BackwardSlice(layer, tuple(_last_rows(level, rows))))
             if rows < limit:
                 return False
+
+    def _add_slices(self, state: JobState, layer: int, layers: int, cohort: list[Sequence]) -> int:
+        """As many whole slices of `layers` layers as fit, from `layer` on: all alike, so they are planned at once. Returns how many."""
+        parts = tuple(SlicePart(s, 0, s.length) for s in cohort)
+        item = BackwardSlice(layer, parts)
+        one = PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1)
+        seconds = self._latency.predict(self.features + one) - self.predicted
+        count = (layer - state.job.lowest_layer + 1) // layers
+        if seconds > 0:
+            count = min(count, int((self._budget - self.predicted) / seconds))
+        if count <= 0:
+            return 0
+        self.backward += [item, *(BackwardSlice(layer - i * layers, parts) for i in range(1, count))]
+        state.waited = 0
+        state.deferred = False
+        below = layer - count * layers
+        for sequence in cohort:
+            self._cursors[sequence.id] = (below, sequence.length)
+        self._charge(state, PlanFeatures(*(count * value for value in one)))
+        return count
 
     def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
         self.backward.append(item)

@@ -7,6 +7,7 @@ the prompts and on how close to its objectives the server is without any finetun
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 
 MEMORY = 64  # first tokens, or bursts of prompts, that are remembered
@@ -21,22 +22,24 @@ class FirstTokens:
     """The first tokens of a class of requests: how long before their deadline they came."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # (when, seconds to spare; negative: late)
-        self._spare: float | None = math.inf  # None: not known since the last change
+        self._recent: deque[tuple[float, float]] = deque()  # (when, seconds to spare; negative: late)
+        self._ordered: list[float] = []  # the seconds
 
     def add(self, now: float, spare: float) -> None:
+        if len(self._recent) == MEMORY:
+            self._forget()
         self._recent.append((now, spare))
-        self._spare = None
+        insort(self._ordered, spare)
 
     def spare(self, now: float) -> float:
         """Seconds that all but the latest few had to spare; inf when there was none lately."""
         while self._recent and self._recent[0][0] < now - FORGOTTEN:
-            self._recent.popleft()
-            self._spare = None
-        if self._spare is None:
-            spares = sorted(spare for _, spare in self._recent)
-            self._spare = spares[int(LATE_SHARE * len(spares))] if spares else math.inf
-        return self._spare
+            self._forget()
+        return self._ordered[int(LATE_SHARE * len(self._ordered))] if self._ordered else math.inf
+
+    def _forget(self) -> None:
+        _, spare = self._recent.popleft()
+        del self._ordered[bisect_left(self._ordered, spare)]
 
 
 def newcomer_wait(configured: float, spare: float) -> float:

@@ -273,8 +273,8 @@ class RequestQueues:
                 running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
                 self._preempt(max(running, key=self._urgency))
             if request.id in self._need_page:  # not preempted itself
-                request.blocks += self._pool.allocate(1, after=request.blocks[-1])
-                del self._need_page[request.id]
+                self._pool.extend(request.blocks)
+        self._need_page.clear()
 
     def _preempt(self, request: Request) -> None:
         """Recompute later: pages go back now, the prompt and the outputs so far will be prefilled again."""
