@@ -179,7 +179,7 @@ class SlackFill:
         below = layer - count * layers
         for sequence in cohort:
             self._cursors[sequence.id] = (below, sequence.length)
-        self._charge(state, PlanFeatures(*(count * value for value in one)))
+        self._charge(state, PlanFeatures._make(count * value for value in one))
         return count
 
     def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
