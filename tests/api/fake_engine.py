@@ -136,8 +136,10 @@ class FakeEngine:
             return TokenOutput(request.id, None, finish_reason=FinishReason.ABORT, error="the iteration failed")
         request.status = RequestStatus.RUNNING
         params, done = request.sampling, len(request.output_ids)
-        token = self._reply[done % len(self._reply)]
-        if done == len(self._reply) and not params.ignore_eos:
+        asks = "CLASS" in self._tokenizer.decode(request.prompt_ids)
+        reply = self._tokenizer.encode(request.priority).ids if asks else self._reply
+        token = reply[done % len(reply)]
+        if done == len(reply) and not params.ignore_eos:
             token = self.model_config.eos_ids[0]
         request.output_ids.append(token)
         finish = None

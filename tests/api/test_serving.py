@@ -75,6 +75,13 @@ def test_stop_string_is_cut_out_and_ends_the_request(server: Server, client: Ope
     eventually(lambda: server.stats()["requests"]["running"] == 0)
 
 
+@pytest.mark.parametrize(("tier", "priority"), [("auto", "interactive"), ("priority", "interactive"), ("flex", "batch")])
+def test_service_tier_is_the_class_of_the_request(client: OpenAI, tier: Any, priority: str) -> None:
+    messages: Any = [{"role": "user", "content": "CLASS"}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, service_tier=tier)
+    assert answer.choices[0].message.content == priority
+
+
 def test_n_choices(client: OpenAI) -> None:
     answer = chat(client, n=3, seed=7, max_tokens=4)
     assert [c.index for c in answer.choices] == [0, 1, 2]

@@ -2,7 +2,7 @@ import pytest
 
 from flexllm.config import SLO
 from flexllm.core import FinishReason, InferenceChunk, RequestStatus, SamplingParams
-from flexllm.scheduler.requests import PROMPT_SHARE, QueueFullError
+from flexllm.scheduler.requests import LEAST_ROWS, PROMPT_SHARE, QueueFullError
 from tests.scheduler.fake import FakeEngine, expected_token, make_request
 
 
@@ -51,6 +51,33 @@ def test_classes_with_the_tighter_objective_go_first():
     engine.step()
     engine.add_request(make_request("fast", prompt=6))
     assert rows(engine.step().inference) == [("fast", 0, 6, True), ("slow", 8, 10, False)]
+
+
+def test_prompts_that_can_wait_make_no_urgent_token_late():
+    engine = FakeEngine(slo=SLO(ttft=1, tpot=0.05), class_slos={"batch": SLO(ttft=60, tpot=5)}, num_blocks=200)
+    engine.add_request(make_request("fast", output=30))
+    engine.step()
+    slow = make_request("slow", prompt=300, output=2, priority="batch")
+    engine.add_request(slow)
+    fast = engine.requests["fast"]
+    while fast.id in engine.scheduler._requests:
+        plan = engine.step()
+        in_time = engine.now <= fast.first_token_time + (len(fast.output_ids) - 1) * 0.05
+        assert in_time or sum(c.rows for c in plan.inference if c.request is slow) <= LEAST_ROWS
+        if fast.finish_reason:
+            break
+    assert (fast.last_token_time - fast.first_token_time) / 29 <= 0.05
+    assert slow.num_computed > 100
+    engine.run()
+    assert len(slow.output_ids) == 2
+
+
+def test_prompts_that_can_wait_still_go_on_beside_late_ones():
+    engine = FakeEngine(slo=SLO(ttft=1e-3, tpot=1e-3), class_slos={"batch": SLO(ttft=60, tpot=5)}, num_blocks=200)
+    engine.add_request(make_request("fast", output=30))
+    engine.step()
+    engine.add_request(make_request("slow", prompt=300, priority="batch"))
+    assert [c.rows for c in engine.step().inference] == [1, LEAST_ROWS]
 
 
 def test_max_running_keeps_the_others_waiting():

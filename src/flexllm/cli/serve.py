@@ -9,7 +9,7 @@ import typer
 
 from flexllm import config as settings
 from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Quantization, Threads, model_ref
-from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
+from flexllm.config import BATCH, SLO, CacheConfig, EngineConfig, SchedulerConfig
 
 
 def serve(
@@ -22,6 +22,10 @@ def serve(
     ] = None,
     slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds, queueing included.")] = 1.0,
     slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token after it, seconds.")] = 0.1,
+    flex_slo_ttft: Annotated[
+        float | None, typer.Option(help="The same for requests with service_tier flex. \\[default: ten times as long]", show_default=False)
+    ] = None,
+    flex_slo_tpot: Annotated[float | None, typer.Option(help="\\[default: three times as long]", show_default=False)] = None,
     mode: Annotated[str, typer.Option(help="coserve, temporal, inference or finetune: who gets the device.")] = "coserve",
     max_running: Annotated[int, typer.Option(help="Most requests in the batch.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(help="Most inference tokens in one iteration.")] = 512,
@@ -56,6 +60,7 @@ def serve(
     """
     if kv_cache_gb is not None and not kv_cache_gb > 0:
         raise ValueError(f"kv-cache-gb must be positive, got {kv_cache_gb}")
+    flex = SLO(flex_slo_ttft or 10 * slo_ttft, flex_slo_tpot or 3 * slo_tpot)
     engine_config = EngineConfig(
         model=model_ref(model),
         dtype=dtype,
@@ -65,7 +70,9 @@ def serve(
         max_model_len=max_model_len,
         max_adapters=max_adapters,
         cache=CacheConfig(kv_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 1e9)),
-        scheduler=SchedulerConfig(mode=mode, slo=SLO(slo_ttft, slo_tpot), max_running=max_running, max_batch_tokens=max_batch_tokens),
+        scheduler=SchedulerConfig(
+            mode=mode, slo=SLO(slo_ttft, slo_tpot), class_slos={BATCH: flex}, max_running=max_running, max_batch_tokens=max_batch_tokens
+        ),
         state_dir=state_dir or settings.state_dir(),
         trace=trace,
     )

@@ -18,6 +18,7 @@ from flexllm.scheduler.headroom import FirstTokens
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
 SCAN_DEPTH = 8  # waiting requests of a class that are looked at for their deadlines
+LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, however busy more urgent classes are
 PROMPT_SHARE = 0.25  # of the TTFT objective may be gone before a first token because of finetuning; the rest is for what comes meanwhile
 
 
@@ -102,8 +103,9 @@ class RequestQueues:
         return request
 
     # --------------------------------------------------------------------------------------------------------- planning
-    def plan(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> tuple[InferenceChunk, ...]:
-        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens.
+    def plan(self, now: float, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> tuple[InferenceChunk, ...]:
+        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens; prompts of a class that
+        can wait only as far as they make no token of a more urgent one late.
 
         `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
@@ -114,11 +116,24 @@ class RequestQueues:
         self.page_blocked = False
         candidates = self._prefill_order(reclaim, reclaimable)
         while rows_left > 0 and (candidate := next(candidates, None)) is not None:
-            start, end = candidate.num_computed, min(candidate.num_tokens, candidate.num_computed + rows_left)
+            limit = min(rows_left, candidate.num_tokens - candidate.num_computed)
+            rows = limit if len(self._classes) == 1 else self._rows_in_time(now, candidate, (*decodes, *prefills), limit)
+            start, end = candidate.num_computed, candidate.num_computed + rows
             chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
             (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
-            rows_left -= end - start
+            rows_left -= rows
+            if rows < limit:
+                break
         return (*decodes, *prefills)
+
+    def _rows_in_time(self, now: float, request: Request, chunks: tuple[InferenceChunk, ...], limit: int) -> int:
+        """Rows of a prompt that can join `chunks`, at least LEAST_ROWS, before a token of a more urgent class is due."""
+        ttft = self._class_of(request).slo.ttft
+        due = min((at for i, at in self._deadlines.items() if self._class_of(self._requests[i]).slo.ttft < ttft), default=math.inf)
+        if due == math.inf:
+            return limit
+        rows = self._latency.most_window_rows(self.features(chunks), request.num_computed, lambda _: 0, limit, due - now)
+        return max(rows, min(limit, LEAST_ROWS))
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
         """Of the chunks `plan` returned just now: what `features_of` computes, without a look at every decode row."""

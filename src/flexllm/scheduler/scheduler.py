@@ -99,7 +99,7 @@ class HybridTokenScheduler:
                 self._inference_streak = 0
                 return plan
         self._inference_streak += 1
-        inference, features = self._plan_inference()
+        inference, features = self._plan_inference(now)
         self._watch_prompts(features)
         slack, wait = self._slack(now, inference), self._newcomer_wait(now)
         finetuning = self.config.mode == "finetune" or (self.config.mode == "coserve" and not self._requests.is_full)
@@ -124,10 +124,10 @@ class HybridTokenScheduler:
         assert len(held) == len(set(held)) == self._pool.num_used
 
     # ---------------------------------------------------------------------------------------------------------- its steps
-    def _plan_inference(self) -> tuple[tuple[InferenceChunk, ...], PlanFeatures]:
+    def _plan_inference(self, now: float) -> tuple[tuple[InferenceChunk, ...], PlanFeatures]:
         if self.config.mode == "finetune":
             return (), PlanFeatures()
-        chunks = self._requests.plan(self._jobs.reclaim, self._jobs.reclaimable)
+        chunks = self._requests.plan(now, self._jobs.reclaim, self._jobs.reclaimable)
         features = self._requests.features(chunks)
         self._inference_seconds = self.latency.predict(features)
         return chunks, features

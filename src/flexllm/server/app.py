@@ -60,7 +60,7 @@ def open_context(settings: Settings) -> Context:
     state_dir = settings.engine.state_dir
     store = Store(state_dir / "flexllm.sqlite")
     shelf = FileShelf(state_dir / "files", store)
-    context = Context(settings, store, shelf, Metrics(settings.engine.scheduler.slo, settings.model_name))
+    context = Context(settings, store, shelf, Metrics(settings.engine.scheduler, settings.model_name))
     context.finetuning = JobService(context, state_dir / "jobs")
     return context
 

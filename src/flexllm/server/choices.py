@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from flexllm.config import INTERACTIVE
 from flexllm.core import FinishReason, SamplingParams, TokenLogprob, TokenOutput
 from flexllm.server.engine_client import Generation
 
@@ -44,6 +45,7 @@ class Choice:
     tokenizer: Tokenizer
     arrival: float
     adapter: str | None = None
+    priority: str = INTERACTIVE
     hide_tokens: bool = False  # what is sampled is not wanted (echo with max_tokens = 0)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from flexllm.config import EngineConfig, shorten_spinning
+from flexllm.config import INTERACTIVE, EngineConfig, shorten_spinning
 from flexllm.core import JobEvent, SamplingParams, TokenOutput
 from flexllm.server import protocol
 from flexllm.server.engine_process import EngineFactory, build_engine, run_engine
@@ -138,7 +138,12 @@ class EngineClient:
 
     # -------------------------------------------------------------------------------------------------------- commands
     async def submit(
-        self, requests: Sequence[tuple[str, list[int], SamplingParams]], *, arrival: float, adapter: str | None = None
+        self,
+        requests: Sequence[tuple[str, list[int], SamplingParams]],
+        *,
+        arrival: float,
+        adapter: str | None = None,
+        priority: str = INTERACTIVE,
     ) -> Generation:
         """Start requests (id, prompt ids, sampling) together: all are accepted or none is left behind.
 
@@ -148,7 +153,9 @@ class EngineClient:
         for request_id, _, _ in requests:
             self._generations[request_id] = generation
         replies = [
-            self.call(protocol.AddRequest, id=request_id, prompt_ids=ids, sampling=sampling, arrival=arrival, adapter=adapter)
+            self.call(
+                protocol.AddRequest, id=request_id, prompt_ids=ids, sampling=sampling, arrival=arrival, adapter=adapter, priority=priority
+            )
             for request_id, ids, sampling in requests
         ]
         try:

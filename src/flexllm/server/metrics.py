@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flexllm.config import SLO
+from flexllm.config import SchedulerConfig
 from flexllm.core import JobEvent
 from flexllm.server.choices import Choice
 from flexllm.server.protocol import Stats
@@ -32,7 +32,8 @@ class FinishedRequest:
     end: float
     ttft: float
     tpot: float | None
-    attained: bool
+    ttft_attained: bool
+    tpot_attained: bool
 
 
 @dataclass
@@ -49,8 +50,9 @@ class JobProgress:
 
 
 class Metrics:
-    def __init__(self, slo: SLO, model_name: str) -> None:
-        self.slo = slo
+    def __init__(self, config: SchedulerConfig, model_name: str) -> None:
+        self.slo = config.slo
+        self._config = config
         self.registry = CollectorRegistry()
         self.engine_stats: dict[str, Any] = {}
         self.jobs: dict[str, JobProgress] = {}
@@ -96,10 +98,10 @@ class Metrics:
             return
         ttft = choice.first_token - choice.arrival
         tpot = (choice.last_token - choice.first_token) / (choice.num_tokens - 1) if choice.num_tokens > 1 else None
-        attained = ttft <= self.slo.ttft and (tpot is None or tpot <= self.slo.tpot)
+        slo = self._config.slo_of(choice.priority)
         self._ttft.observe(ttft)
         self._e2e.observe(choice.last_token - choice.arrival)
-        self._finished.append(FinishedRequest(choice.last_token, ttft, tpot, attained))
+        self._finished.append(FinishedRequest(choice.last_token, ttft, tpot, ttft <= slo.ttft, tpot is None or tpot <= slo.tpot))
         self._num_finished += 1
 
     def engine(self, stats: Stats) -> None:
@@ -195,15 +197,15 @@ class Metrics:
         }
 
     def attainment(self) -> dict[str, float | None]:
-        """Share of the window's requests within the objectives; None when there were none."""
+        """Share of the window's requests within the objectives of their class; None when there were none."""
         window = self.window()
         if not window:
             return {"ttft": None, "tpot": None, "both": None}
         n = len(window)
         return {
-            "ttft": sum(r.ttft <= self.slo.ttft for r in window) / n,
-            "tpot": sum(r.tpot is None or r.tpot <= self.slo.tpot for r in window) / n,
-            "both": sum(r.attained for r in window) / n,
+            "ttft": sum(r.ttft_attained for r in window) / n,
+            "tpot": sum(r.tpot_attained for r in window) / n,
+            "both": sum(r.ttft_attained and r.tpot_attained for r in window) / n,
         }
 
     def _trim(self, now: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from flexllm.config import JobSpec
+from flexllm.config import INTERACTIVE, JobSpec
 from flexllm.core import JobEvent, SamplingParams, TokenOutput
 from flexllm.peft.config import PeftConfig, peft_config
 
@@ -26,7 +26,7 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True):
     sampling: SamplingParams
     arrival: float
     adapter: str | None = None
-    priority: str = "interactive"
+    priority: str = INTERACTIVE
 
 
 class AbortRequest(msgspec.Struct, tag=True, frozen=True):

@@ -162,6 +162,7 @@ class Work:
                 tokenizer=model.tokenizer,
                 arrival=self.arrival,
                 adapter=adapter,
+                priority=self.body.priority,
                 hide_tokens=self.hide_tokens,
             )
             for i, prompt in enumerate(self.prompts)
@@ -193,7 +194,7 @@ async def _submit(context: Context, choices: list[Choice]) -> Generation:
     _, engine = context.ready()
     requests = [(c.request_id, c.prompt.ids, c.sampling) for c in choices]
     try:
-        return await engine.submit(requests, arrival=choices[0].arrival, adapter=choices[0].adapter)
+        return await engine.submit(requests, arrival=choices[0].arrival, adapter=choices[0].adapter, priority=choices[0].priority)
     except ValueError as error:
         raise bad_request(str(error)) from None
     except EngineOverloaded as error:

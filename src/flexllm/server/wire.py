@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from flexllm.config import BATCH, INTERACTIVE
 from flexllm.core import SamplingParams
 from flexllm.server.errors import bad_request
 
@@ -49,8 +50,14 @@ class GenerationRequest(Wire):
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Literal["auto", "default", "priority", "flex"] | None = None
     user: str | None = None
     metadata: Metadata | None = None
+
+    @property
+    def priority(self) -> str:
+        """The scheduler's class of the request: `flex` is what can wait."""
+        return BATCH if self.service_tier == "flex" else INTERACTIVE
 
     @property
     def choices(self) -> int:
