@@ -214,8 +214,28 @@ def output_rate(records: Sequence[RequestRecord]) -> float:
     return sum(r.output_tokens for r in records) / seconds
 
 
-def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    return {f"p{round(q * 100)}": 1e3 * percentile(seconds, q) for q in (0.5, 0.99)}
+def summarize(records: Sequence[RequestRecord], ttft: float, tpot: float) -> dict[str, Any]:
+    """What a run of requests amounts to under the objectives `ttft` and `tpot` (seconds); a failed request attains nothing.
+    None stands for what there is not without requests, or good ones."""
+    good = [r for r in records if r.ok]
+    gaps = [gap for r in good for gap in r.gaps]
+    attained = [r for r in good if r.attains(ttft, tpot)]
+    span = max(r.last for r in good if r.last is not None) - min(r.due for r in good) if good else 0.0
+    return {
+        "requests": len(records),
+        "failed": len(records) - len(good),
+        "attainment": len(attained) / len(records) if records else None,
+        "goodput_req_s": len(attained) / span if span else 0.0,
+        "output_tok_s": sum(r.output_tokens for r in good) / span if span else 0.0,
+        **{f"{q}_ttft_ms": v for q, v in quantiles_ms([r.ttft for r in good]).items()},
+        **{f"{q}_tpot_ms": v for q, v in quantiles_ms([r.tpot for r in good]).items()},
+        "p99_gap_ms": 1e3 * percentile(gaps, 0.99) if gaps else None,
+        "max_gap_ms": 1e3 * max(gaps) if gaps else None,
+    }
+
+
+def quantiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
+    return {f"p{round(q * 100)}": 1e3 * percentile(seconds, q) if seconds else None for q in (0.5, 0.99)}
 
 
 def raw(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from client import Closing, LoadGenerator, RequestRecord
 from common import log
 from grid import Phase
+from jobs import start_job
 from processes import Peer, Server, awake
-from workloads import Load, random_prompts, training_texts
+from workloads import Load, random_prompts
 
 SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
 PATIENCE = 15.0  # seconds after the last arrivals
 ENOUGH_TOKENS = 10  # a request that has them when the arrivals end is judged by them: draining would take as long as measuring
 CLEAN_SECONDS = 20.0
 WARM_SECONDS = 2.0  # of a job that begins: its backward is compiled, and the latency model learns from its first iterations
-LORA_RANK = 16
-TEXTS, TEXT_WORDS = 200, 110  # about 256 tokens each
-PEER_ROWS = 256
+PEER_ROWS = 256  # of a training step of PEFT, about as many as our jobs' examples have
 
 
 class Ours:
@@ -127,28 +123,6 @@ def wait_until_clean(server: Server) -> None:
         if time.monotonic() > deadline:
             log(f"{left:g} requests are still there after {CLEAN_SECONDS:g} s")
             return
-        time.sleep(0.1)
-
-
-def start_job(server: Server, folder: Path, seed: int) -> None:
-    """A LoRA job that goes on for longer than anyone measures; returns when it runs."""
-    client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=120)
-    path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in training_texts(TEXTS, TEXT_WORDS, seed)))
-    with path.open("rb") as file:
-        uploaded = client.files.create(file=file, purpose="fine-tune")
-    client.files.wait_for_processing(uploaded.id)
-    hyperparameters: Any = {"n_epochs": 50, "batch_size": 1}
-    job = client.fine_tuning.jobs.create(
-        model=server.model,
-        training_file=uploaded.id,
-        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-        extra_body={"peft": {"type": "lora", "r": LORA_RANK, "lora_alpha": 2 * LORA_RANK}},
-    )
-    deadline = time.monotonic() + 120
-    while (found := client.fine_tuning.jobs.retrieve(job.id)).status != "running":
-        if found.status in ("failed", "cancelled", "succeeded") or time.monotonic() > deadline:
-            raise RuntimeError(f"the job is {found.status}: {found.error}")
         time.sleep(0.1)
 
 

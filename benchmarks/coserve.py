@@ -195,14 +195,18 @@ def shown(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def show(cells: list[dict[str, Any]]) -> None:
-    table = Table("trace", "load", "req/s", "contestant", "finetune tok/s", "loose", "mid", "strict", "p99 TTFT ms", "p99 TPOT ms")
+    columns = ("trace", "load", "req/s", "contestant", "tok/s", "loose", "mid", "strict", "TTFT p99", "TPOT p99")
+    table = Table(title="finetuning tok/s, share of requests within each SLO, milliseconds")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for cell in cells:
         for name, c in cell["contestants"].items():
             shares = ["" if c["attainment"][slo] is None else f"{c['attainment'][slo]:.0%}" for slo in ("loose", "mid", "strict")]
             latencies = ["" if c[key] is None else f"{c[key]:.0f}" for key in ("p99_ttft_ms", "p99_tpot_ms")]
             table.add_row(cell["trace"], cell["load"], f"{cell['rate']:.2f}", name, f"{c['finetune_tok_s']:.0f}", *shares, *latencies)
         table.add_section()
-    Console(stderr=True).print(table)
+    console = Console(stderr=True)
+    console.print(table, width=max(console.width, 110), crop=False)
 
 
 def options() -> argparse.Namespace:
@@ -242,6 +246,7 @@ def main() -> None:
         contestants: dict[str, Run] = {"inference": inference.run, **start_ours(stack, setting, slos)}
         if args.vllm_python:
             contestants |= start_vllm_beside_peft(stack, setting)
+        contestants = dict(sorted(contestants.items(), key=lambda item: item[0] not in EVERY_ROUND))  # those to be paired, side by side
         fields = {
             "h": step / REFERENCE_STEP,
             "decode_step_ms": 1e3 * step,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from client import RequestRecord, percentile, raw
+from client import RequestRecord, raw, summarize
 
 LOADS = {"light": 0.2, "mid": 0.4, "heavy": 0.6}  # of the capacity
 SLOS = {"loose": (5.0, 0.045), "mid": (0.4, 0.120), "strict": (0.5, 0.050)}  # TTFT s, TPOT s on the reference machine
@@ -59,30 +59,21 @@ def attainment(records: Sequence[RequestRecord], slo: tuple[float, float]) -> fl
 
 
 def contestant_figures(name: str, phases: Sequence[Phase], slos: Slos) -> dict[str, Any]:
+    """Rounds pooled. Goodput is by the objectives that the contestant was told; rates count what came within the phases."""
     records = [r for p in phases for r in p.records]
-    good = [r for r in records if r.ok]
     seconds = sum(p.seconds for p in phases)
-    gaps = [gap for r in good for gap in r.gaps]
     known = [p.busy for p in phases if p.busy is not None]
     in_time = sum(t < p.seconds for p in phases for r in p.records for t in r.token_times)
+    own = slos[own_slo(name)]
     return {
+        **summarize(records, *own),
         "finetune_tok_s": statistics.median(p.finetune_tok_s for p in phases),
         "busy": statistics.median(known) if known else None,
         "output_tok_s": in_time / seconds,
+        "goodput_req_s": sum(r.attains(*own) for r in records) / seconds,
         "attainment": {slo: attainment(records, limits) for slo, limits in slos.items()},
-        **_quantiles("ttft", [r.ttft for r in good]),
-        **_quantiles("tpot", [r.tpot for r in good]),
-        "p99_gap_ms": 1e3 * percentile(gaps, 0.99) if gaps else None,
-        "max_gap_ms": 1e3 * max(gaps) if gaps else None,
-        "goodput_req_s": sum(r.attains(*slos[own_slo(name)]) for r in records) / seconds,
-        "requests": len(records),
-        "failed": len(records) - len(good),
         "rounds": len(phases),
     }
-
-
-def _quantiles(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    return {f"p{round(100 * q)}_{name}_ms": 1e3 * percentile(seconds, q) if seconds else None for q in (0.5, 0.99)}
 
 
 # --------------------------------------------------------------------------------------------------------------- a cell
