@@ -24,6 +24,7 @@ SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was fro
 PATIENCE = 15.0  # seconds after the last arrivals
 ENOUGH_TOKENS = 10  # a request that has them when the arrivals end is judged by them: draining would take as long as measuring
 CLEAN_SECONDS = 20.0
+COMES_BACK_SECONDS = 60.0  # for an engine that died and is being restarted
 WARM_SECONDS = 2.0  # of a job that begins: its backward is compiled, and the latency model learns from its first iterations
 PEER_ROWS = 256  # of a training step of PEFT, about as many as our jobs' examples have
 
@@ -48,7 +49,7 @@ class Ours:
             return await requests, before, after
 
         with awake(self.server):
-            time.sleep(SETTLE)
+            settle(self.server)
             records, before, after = asyncio.run(phase())
             wait_until_clean(self.server)
         elapsed = after.time - before.time
@@ -78,7 +79,7 @@ class VllmBesidePeft:
 
         trainer = threading.Thread(target=train)
         with awake(self.server):
-            time.sleep(SETTLE)
+            settle(self.server)
             trainer.start()
             try:
                 records = asyncio.run(offer(self.server, load))
@@ -116,6 +117,17 @@ class Counters:
         return Counters(time.perf_counter(), tokens, sum(v for name, _, v in found if name == "flexllm:step_seconds_sum"))
 
 
+def settle(server: Server) -> None:
+    """What to do with a server that was just thawed. Raises RuntimeError if it does not live: its figures would be zeros."""
+    time.sleep(SETTLE)
+    deadline = time.monotonic() + COMES_BACK_SECONDS
+    while (answer := httpx.get(f"{server.base_url}/health", timeout=30)).status_code != 200:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"a server is not up: {answer.text}")
+        log(f"waiting for a server: {answer.text}")
+        time.sleep(5)
+
+
 def wait_until_clean(server: Server) -> None:
     """Until no request is running or waiting, or CLEAN_SECONDS. Requests that were cut end a little after their client left."""
     deadline = time.monotonic() + CLEAN_SECONDS
@@ -150,7 +162,7 @@ def capacity(server: Server, load: Load, concurrency: int, warmup: float) -> flo
             return await generator.closed_loop(load.prompts, outputs, concurrency, seconds=load.seconds)
 
     with awake(server):
-        time.sleep(SETTLE)
+        settle(server)
         records = asyncio.run(probe())
         wait_until_clean(server)
     wanted = [a.output_tokens for a in load.arrivals]

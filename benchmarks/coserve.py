@@ -205,8 +205,7 @@ def show(cells: list[dict[str, Any]]) -> None:
             latencies = ["" if c[key] is None else f"{c[key]:.0f}" for key in ("p99_ttft_ms", "p99_tpot_ms")]
             table.add_row(cell["trace"], cell["load"], f"{cell['rate']:.2f}", name, f"{c['finetune_tok_s']:.0f}", *shares, *latencies)
         table.add_section()
-    console = Console(stderr=True)
-    console.print(table, width=max(console.width, 110), crop=False)
+    Console(stderr=True, width=max(Console(stderr=True).width, 110)).print(table)
 
 
 def options() -> argparse.Namespace:
