@@ -246,7 +246,7 @@ def main() -> None:
         if args.vllm_python:
             contestants |= start_vllm_beside_peft(stack, setting)
         contestants = dict(sorted(contestants.items(), key=lambda item: item[0] not in EVERY_ROUND))  # those to be paired, side by side
-        fields = {
+        fields: dict[str, Any] = {
             "h": step / REFERENCE_STEP,
             "decode_step_ms": 1e3 * step,
             "slos": {name: {"ttft_s": ttft, "tpot_s": tpot} for name, (ttft, tpot) in slos.items()},
