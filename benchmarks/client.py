@@ -1,7 +1,8 @@
 """A streaming load generator for any OpenAI-compatible server: open loop (arrival times) or closed loop (fixed concurrency).
 
 Prompts are token ids for `POST /v1/completions`, output lengths are forced (`ignore_eos`), decoding is greedy. TTFT is
-counted from the time a request was due, so that a generator running late cannot flatter the server.
+counted from the time a request was due, so that a generator running late cannot flatter the server. Either loop can be closed
+at a time: what is still streaming then is cut, and no failure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import httpx
@@ -33,6 +35,7 @@ class RequestRecord:
     max_gap: float = 0.0  # the longest wait between two chunks
     gaps: list[float] = field(default_factory=list, repr=False)
     error: str | None = None
+    cut: bool = False  # by us, with `output_tokens` of those it was to have
 
     @property
     def ok(self) -> bool:
@@ -50,8 +53,36 @@ class RequestRecord:
         assert self.last is not None
         return (self.last - self.first) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
+    @property
+    def token_times(self) -> list[float]:
+        """When each chunk came; a server sends one per token."""
+        return [] if self.first is None else list(accumulate(self.gaps, initial=self.first))
+
     def attains(self, ttft: float, tpot: float) -> bool:
         return self.ok and self.ttft <= ttft and self.tpot <= tpot
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How an open loop ends `after` seconds: a request that has `enough` tokens is cut there and judged by what it has; one that
+    is not so far `patience` seconds later has failed."""
+
+    after: float
+    patience: float
+    enough: int
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for the tasks; that some were cancelled is no error."""
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+def _cut(record: RequestRecord, error: str | None = None) -> None:
+    record.cut = True
+    record.error = record.error or error
+    record.output_tokens = len(record.token_times)
 
 
 class LoadGenerator:
@@ -68,34 +99,63 @@ class LoadGenerator:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def open_loop(self, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]]) -> list[RequestRecord]:
-        """Send each prompt at its arrival time and wait for all answers; records are in the order of arrival."""
+    async def open_loop(
+        self, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]], closing: Closing | None = None
+    ) -> list[RequestRecord]:
+        """Send each prompt at its arrival time and wait for all answers, or as `closing` says; records are in the order of arrival."""
         self._start = time.perf_counter()
+        records = [RequestRecord(a.time, len(p)) for a, p in zip(arrivals, prompts, strict=True)]
 
-        async def one(arrival: Arrival, prompt: Sequence[int]) -> RequestRecord:
+        async def one(arrival: Arrival, prompt: Sequence[int], record: RequestRecord) -> None:
             await asyncio.sleep(arrival.time - self._now())
-            return await self._stream(prompt, arrival.output_tokens, due=arrival.time)
+            await self._stream(prompt, arrival.output_tokens, record)
 
-        return list(await asyncio.gather(*(one(a, p) for a, p in zip(arrivals, prompts, strict=True))))
+        tasks = [asyncio.create_task(one(*each)) for each in zip(arrivals, prompts, records, strict=True)]
+        if closing is not None:
+            await self._close(tasks, records, closing)
+        await _ended(tasks)
+        return records
 
-    async def closed_loop(self, prompts: Sequence[Sequence[int]], output_tokens: int, concurrency: int) -> list[RequestRecord]:
-        """Keep `concurrency` requests in flight until every prompt is answered."""
+    async def _close(self, tasks: Sequence[asyncio.Task[None]], records: Sequence[RequestRecord], closing: Closing) -> None:
+        await asyncio.sleep(closing.after - self._now())
+        while open_ := [(t, r) for t, r in zip(tasks, records, strict=True) if not t.done()]:
+            late = self._now() > closing.after + closing.patience
+            for task, record in open_:
+                enough = len(record.token_times) >= closing.enough
+                if enough or late:
+                    task.cancel()
+                    _cut(record, None if enough else f"not answered {closing.patience:g} s after the last arrivals")
+            await asyncio.sleep(0.05)
+
+    async def closed_loop(
+        self, prompts: Sequence[Sequence[int]], output_tokens: Sequence[int], concurrency: int, seconds: float | None = None
+    ) -> list[RequestRecord]:
+        """Keep `concurrency` requests in flight until every prompt is answered, or for `seconds`; those in flight are then cut."""
         self._start = time.perf_counter()
-        waiting = iter(prompts)
+        waiting = iter(zip(prompts, output_tokens, strict=True))
         records: list[RequestRecord] = []
 
         async def worker() -> None:
-            for prompt in waiting:
-                records.append(await self._stream(prompt, output_tokens, due=self._now()))
+            for prompt, tokens in waiting:
+                record = RequestRecord(self._now(), len(prompt))
+                records.append(record)
+                try:
+                    await self._stream(prompt, tokens, record)
+                except asyncio.CancelledError:
+                    _cut(record)
+                    raise
 
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
+        _, late = await asyncio.wait(workers, timeout=seconds)
+        for task in late:
+            task.cancel()
+        await _ended(workers)
         return records
 
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
-    async def _stream(self, prompt: Sequence[int], output_tokens: int, due: float) -> RequestRecord:
-        record = RequestRecord(due=due, prompt_tokens=len(prompt))
+    async def _stream(self, prompt: Sequence[int], output_tokens: int, record: RequestRecord) -> None:
         body = {
             "model": self._model,
             "prompt": list(prompt),
@@ -109,7 +169,7 @@ class LoadGenerator:
             async with self._client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     record.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:200]}"
-                    return record
+                    return
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
                         self._note(record, json.loads(line[6:]))
@@ -117,7 +177,6 @@ class LoadGenerator:
             record.error = f"{type(error).__name__}: {error}"
         if record.error is None and record.output_tokens != output_tokens:
             record.error = f"asked for {output_tokens} tokens, got {record.output_tokens}"
-        return record
 
     def _note(self, record: RequestRecord, chunk: dict[str, Any]) -> None:
         if "error" in chunk:
@@ -156,30 +215,27 @@ def output_rate(records: Sequence[RequestRecord]) -> float:
 
 
 def summarize(records: Sequence[RequestRecord], ttft: float, tpot: float) -> dict[str, Any]:
-    """What a run of requests amounts to under the objectives `ttft` and `tpot` (seconds); a failed request attains nothing."""
+    """What a run of requests amounts to under the objectives `ttft` and `tpot` (seconds); a failed request attains nothing.
+    None stands for what there is not without requests, or good ones."""
     good = [r for r in records if r.ok]
-    if not good:
-        raise RuntimeError(f"no request of {len(records)} succeeded" + (f": {records[0].error}" if records else ""))
     gaps = [gap for r in good for gap in r.gaps]
-    span = max(r.last for r in good if r.last is not None) - min(r.due for r in good)
     attained = [r for r in good if r.attains(ttft, tpot)]
+    span = max(r.last for r in good if r.last is not None) - min(r.due for r in good) if good else 0.0
     return {
         "requests": len(records),
         "failed": len(records) - len(good),
-        "attainment": len(attained) / len(records),
-        "ttft_attainment": sum(r.ttft <= ttft for r in good) / len(records),
-        "tpot_attainment": sum(r.tpot <= tpot for r in good) / len(records),
-        "goodput_req_s": len(attained) / span,
-        "output_tok_s": sum(r.output_tokens for r in good) / span,
+        "attainment": len(attained) / len(records) if records else None,
+        "goodput_req_s": len(attained) / span if span else 0.0,
+        "output_tok_s": sum(r.output_tokens for r in good) / span if span else 0.0,
         **{f"{q}_ttft_ms": v for q, v in quantiles_ms([r.ttft for r in good]).items()},
         **{f"{q}_tpot_ms": v for q, v in quantiles_ms([r.tpot for r in good]).items()},
-        "p99_gap_ms": 1e3 * percentile(gaps, 0.99) if gaps else 0.0,
-        "max_gap_ms": 1e3 * max(gaps, default=0.0),
+        "p99_gap_ms": 1e3 * percentile(gaps, 0.99) if gaps else None,
+        "max_gap_ms": 1e3 * max(gaps) if gaps else None,
     }
 
 
-def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    return {f"p{round(q * 100)}": 1e3 * percentile(seconds, q) for q in (0.5, 0.99)}
+def quantiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
+    return {f"p{round(q * 100)}": 1e3 * percentile(seconds, q) if seconds else None for q in (0.5, 0.99)}
 
 
 def raw(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:

@@ -39,6 +39,13 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], samples: Any) -> None:
     """Write the result file and print the same object as the last line of stdout."""
+    result, out = write(name, args, fields, samples)
+    log(f"wrote {out}")
+    print(json.dumps(result), flush=True)
+
+
+def write(name: str, args: argparse.Namespace, fields: Mapping[str, Any], samples: Any) -> tuple[dict[str, Any], Path]:
+    """Write the result file, over an earlier one: what a long benchmark has so far is there when it is cut short."""
     result = {
         "benchmark": name,
         **fields,
@@ -54,8 +61,7 @@ def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], sampl
     out = args.out or (QUICK_RESULTS if args.quick else RESULTS) / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    log(f"wrote {out}")
-    print(json.dumps(result), flush=True)
+    return result, out
 
 
 def log(message: str) -> None:

@@ -1,268 +1,263 @@
-"""Co-serving: requests under an SLO while a LoRA job trains in what they leave over, against each of the two alone.
+"""Co-serving: requests under an SLO while a LoRA job trains in what they leave over, against everything else one could do.
 
-One server, three phases that take turns: requests alone, the job alone (its dedicated speed), both. The load is open loop,
-Poisson at a fixed rate (or bursty with --cv). The objectives are those of --slo with TPOT scaled by h, the decode step at
-batch 8 measured here over 13 ms (the same on an A100 for an 8B model). With --vllm-python the same load also meets a
-machine split in two: vLLM on half of the cores, PEFT training on the rest.
+A grid: traces x loads x objectives, and in every cell all contestants, awake one at a time, with the same requests: this
+engine serving alone, co-serving under each of the objectives, finetuning alone and in temporal sharing; with --vllm-python
+also a machine split in two (vLLM on half of the cores, PEFT training on the rest) and both on all cores. Objectives scale with
+h, the decode step at batch 8 measured here over 13 ms (the same on an A100 for an 8B model). README.md has the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import json
 import os
-import statistics
+import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from client import LoadGenerator, RequestRecord, raw, summarize
-from common import finish, log, parser
+import common
+from common import finish, log, parser, write
+from contestants import ENOUGH_TOKENS, PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
-from flexllm.simulate.workload import Arrival, gamma_arrivals
-from processes import Peer, Server, flexllm_server, vllm_server
-from workloads import random_prompts, training_texts
+from grid import ATTAINED, LOADS, REFERENCE_STEP, Phase, Sample, Slos, cell_figures, grid_figures, slos_here
+from processes import Peer, Server, awake, flexllm_server, freezer, vllm_server
+from workloads import TRACES, Load, Trace, load_of
 
-SLOS = {"loose": (5.0, 0.045), "mid": (0.4, 0.120), "strict": (0.5, 0.050)}  # TTFT s, TPOT s on the reference machine
-REFERENCE_STEP = 0.013  # seconds of a decode step at batch 8, 8B model on an A100
-SETTLE = 2.0  # seconds between two phases
-RAMP = 0.1  # of a phase: the counters start when the load is up
-LORA_RANK = 16
-TEXT_WORDS = 110  # about 256 tokens
+EVERY_ROUND = ("inference", "coserve-loose", "finetune", "coserve-strict", "split")  # the others: the first round only
+DEDICATED = 0.5  # of a phase is enough for finetuning alone: no request has to come by chance
+CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
+WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
+MEMORY = ("--kv-cache-gb", "1", "--finetune-gb", "1")  # several servers live side by side
 
-
-@dataclass(frozen=True)
-class Load:
-    arrivals: list[Arrival]
-    prompts: list[list[int]]
-    seconds: float
+Run = Callable[[Load], Phase]
 
 
 @dataclass(frozen=True)
-class Phase:
-    records: list[RequestRecord]
-    finetune_tok_s: float  # tokens whose backward is done
-    busy: float  # share of the time that the engine spent in iterations
+class Setting:
+    """What does not change from cell to cell."""
+
+    args: argparse.Namespace
+    model: Path
+    vocab_size: int
+    traces: list[Trace]
+    folder: Path
+
+    def load(self, trace: Trace, start: int, rate: float, seconds: float) -> Load:
+        return load_of(trace.take(start, rate, seconds), seconds, self.vocab_size, self.args.seed + start)
+
+    @property
+    def warmup(self) -> Load:
+        return self.load(self.traces[0], 0, *WARMUP)
 
 
-@dataclass(frozen=True)
-class Counters:
-    time: float
-    finetune_tokens: float
-    step_seconds: float
-
-    @staticmethod
-    def read(server: Server) -> Counters:
-        tokens = seconds = 0.0
-        for family in text_string_to_metric_families(httpx.get(f"{server.base_url}/metrics", timeout=30).text):
-            for sample in family.samples:
-                if sample.name == "flexllm:finetune_tokens_total" and sample.labels.get("phase") == "backward":
-                    tokens += sample.value
-                elif sample.name == "flexllm:step_seconds_sum":
-                    seconds += sample.value
-        return Counters(time.perf_counter(), tokens, seconds)
+# ---------------------------------------------------------------------------------------------------------- who takes part
+@contextlib.contextmanager
+def flexllm(setting: Setting, name: str, *flags: str) -> Iterator[Server]:
+    """A server of ours with a state of its own, but the latency profile of the first."""
+    state, profiles = setting.folder / name, setting.folder / "inference" / "profiles"
+    if profiles.exists() and name != "inference":
+        shutil.copytree(profiles, state / "profiles")
+    flags = ("--state-dir", str(state), "--dtype", "bfloat16", *MEMORY, *flags)
+    with flexllm_server(setting.model, setting.folder / f"{name}.log", *flags, threads=setting.args.threads) as server:
+        yield server
 
 
-class Job:
-    """A LoRA job on our server that outlasts the benchmark; paused but in the phases that want it."""
+def training_servers(args: argparse.Namespace, slos: Slos) -> dict[str, tuple[str, ...]]:
+    """Flags of those of our servers that finetune, by name."""
 
-    def __init__(self, server: Server, seed: int, folder: Path) -> None:
-        self._client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=120)
-        path = folder / "train.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in training_texts(200, TEXT_WORDS, seed)))
-        with path.open("rb") as file:
-            uploaded = self._client.files.create(file=file, purpose="fine-tune")
-        self._client.files.wait_for_processing(uploaded.id)
-        peft = {"type": "lora", "r": LORA_RANK, "lora_alpha": 2 * LORA_RANK}
-        hyperparameters: Any = {"n_epochs": 50, "batch_size": 1}
-        self._id = self._client.fine_tuning.jobs.create(
-            model=server.model,
-            training_file=uploaded.id,
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-            extra_body={"peft": peft},
-        ).id
-        self._wait_for("running")
-        self._client.fine_tuning.jobs.pause(self._id)
-        self._wait_for("paused")
+    def objectives(name: str) -> tuple[str, ...]:
+        return "--slo-ttft", f"{slos[name][0]:.4f}", "--slo-tpot", f"{slos[name][1]:.4f}"
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self._client.fine_tuning.jobs.resume(self._id)
-        self._wait_for("running")
-        time.sleep(SETTLE)
-        try:
-            yield
-        finally:
-            self._client.fine_tuning.jobs.pause(self._id)
-            self._wait_for("paused")
-
-    def _wait_for(self, status: str, patience: float = 120.0) -> None:
-        deadline = time.monotonic() + patience
-        while (found := self._client.fine_tuning.jobs.retrieve(self._id)).status != status:
-            if found.status in ("failed", "cancelled", "succeeded") or time.monotonic() > deadline:
-                raise RuntimeError(f"the job is {found.status}, not {status}: {found.error}")
-            time.sleep(0.1)
+    found = {f"coserve-{name}": objectives(name) for name in slos if not (args.quick and name == "mid")}
+    for steps in args.temporal:
+        flags = ("--mode", "temporal", "--temporal-steps", str(steps))
+        found[f"temporal-{steps or 'dynamic'}"] = (*flags, *objectives("loose"))
+    return found
 
 
-async def offer(server: Server, load: Load) -> list[RequestRecord]:
-    async with LoadGenerator(server.base_url, server.model) as generator:
-        return await generator.open_loop(load.arrivals, load.prompts)
+def start_ours(stack: contextlib.ExitStack, setting: Setting, slos: Slos) -> dict[str, Run]:
+    found: dict[str, Run] = {}
+    for name, flags in training_servers(setting.args, slos).items():
+        server = stack.enter_context(flexllm(setting, name, *flags))
+        contestant = Ours(server, setting.folder / name, training_seed=setting.args.seed)
+        stack.enter_context(freezer(server))
+        contestant.run(setting.warmup)
+        found[name] = contestant.run
+    found["finetune"] = lambda load: found["coserve-loose"](Load([], [], DEDICATED * load.seconds))
+    return found
 
 
-def run_phase(server: Server, load: Load | None, seconds: float) -> Phase:
-    """Offer the load (or none) and count from when it is up until its last arrival; the answers are then waited for."""
-
-    async def phase() -> tuple[list[RequestRecord], Counters, Counters]:
-        requests = asyncio.create_task(offer(server, load)) if load else None
-        await asyncio.sleep(RAMP * seconds)
-        before = await asyncio.to_thread(Counters.read, server)
-        await asyncio.sleep((1 - RAMP) * seconds)
-        after = await asyncio.to_thread(Counters.read, server)
-        return (await requests if requests else []), before, after
-
-    records, before, after = asyncio.run(phase())
-    elapsed = after.time - before.time
-    return Phase(
-        records,
-        (after.finetune_tokens - before.finetune_tokens) / elapsed,
-        min(1.0, (after.step_seconds - before.step_seconds) / elapsed),
-    )
-
-
-def decode_step_seconds(server: Server, vocab_size: int, seed: int) -> float:
-    """A decode step at batch 8: the median TPOT of eight concurrent requests with short prompts."""
-
-    async def probe() -> list[RequestRecord]:
-        async with LoadGenerator(server.base_url, server.model) as generator:
-            await generator.closed_loop(random_prompts([16] * 8, vocab_size, seed), 8, concurrency=8)
-            return await generator.closed_loop(random_prompts([16] * 8, vocab_size, seed + 1), 48, concurrency=8)
-
-    return statistics.median(r.tpot for r in asyncio.run(probe()))
-
-
-def split_machine(args: argparse.Namespace, model: Path, load: Load, slo: tuple[float, float], vocab: int, folder: Path) -> dict[str, Any]:
-    """vLLM on the first half of the cores, PEFT training on the rest, each with its cores to itself."""
+def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting) -> dict[str, Run]:
+    """`split`: each has its cores to itself. `contending`: both have all of them."""
     cores = sorted(os.sched_getaffinity(0))
     half = max(1, len(cores) // 2)
     if len(cores) < 2:
         raise RuntimeError("a machine with one core cannot be split")
-    step_seconds: list[float] = []
-    ids = random_prompts([257], vocab, args.seed)[0]
-    done = threading.Event()
-    with (
-        vllm_server(args.vllm_python, model, folder / "vllm.log", cores[:half]) as server,
-        Peer("hf_peft.py", "--model", str(model), threads=len(cores) - half, cores=cores[half:]) as peer,
-    ):
-
-        def train() -> None:
-            while not done.is_set():
-                step_seconds.append(peer.ask(ids=ids, checkpointing=False, count=False)["seconds"])
-
-        asyncio.run(offer(server, Load(load.arrivals[:4], load.prompts[:4], load.seconds)))
-        trainer = threading.Thread(target=train)
-        trainer.start()
-        try:
-            records = asyncio.run(offer(server, load))
-        finally:
-            done.set()
-            trainer.join()
-    rate = (len(ids) - 1) / statistics.median(step_seconds)
-    return {"finetune_tok_s": rate, **summarize(records, *slo), "records": raw(records)}
+    found: dict[str, Run] = {}
+    for name, serving, training in (("split", cores[:half], cores[half:]), ("contending", cores, cores)):
+        server = stack.enter_context(vllm_server(setting.args.vllm_python, setting.model, setting.folder / f"{name}.log", serving))
+        peer = stack.enter_context(Peer("hf_peft.py", "--model", str(setting.model), threads=len(training), cores=training))
+        stack.enter_context(freezer(server))
+        contestant = VllmBesidePeft(server, peer, setting.vocab_size, setting.args.seed)
+        contestant.run(setting.warmup)
+        found[name] = contestant.run
+    return found
 
 
-def measure(server: Server, load: Load, rounds: int, seed: int, folder: Path) -> dict[str, list[Phase]]:
-    """The three phases in turns, `rounds` times."""
-    phases: dict[str, list[Phase]] = {"inference": [], "finetune": [], "coserve": []}
-    job = Job(server, seed, folder)
-    for turn in range(rounds):
-        for name, found in phases.items():
-            offered = None if name == "finetune" else load
-            with job.running() if name != "inference" else contextlib.nullcontext():
-                found.append(run_phase(server, offered, load.seconds))
-            last = found[-1]
-            log(f"round {turn + 1}, {name}: {last.finetune_tok_s:.0f} finetuning tok/s, busy {last.busy:.0%}")
-            time.sleep(SETTLE)
-    return phases
+# ------------------------------------------------------------------------------------------------------------ measuring
+def rates(setting: Setting, server: Server, trace: Trace) -> tuple[float | None, dict[str, float]]:
+    """The capacity for this trace (None: not measured), and requests per second by load."""
+    names = loads(setting.args)
+    if setting.args.rates:
+        return None, dict(zip(names, setting.args.rates, strict=True))
+    seconds = CAPACITY_WARMUP + CAPACITY_SECONDS
+    load = setting.load(trace, 0, CAPACITY_REQUESTS / seconds, seconds)
+    found = capacity(server, load, CAPACITY_CONCURRENCY, CAPACITY_WARMUP)
+    log(f"{trace.name}: {found:.2f} requests/s at concurrency {CAPACITY_CONCURRENCY}")
+    return found, {name: LOADS[name] * found for name in names}
 
 
-def figures(phases: dict[str, list[Phase]], slo: tuple[float, float]) -> dict[str, Any]:
-    alone = summarize([r for p in phases["inference"] for r in p.records], *slo)
-    both = summarize([r for p in phases["coserve"] for r in p.records], *slo)
-    rates = {name: [p.finetune_tok_s for p in found] for name, found in phases.items()}
-    idle = [1 - p.busy for p in phases["inference"]]
-    shares = [c / d for c, d in zip(rates["coserve"], rates["finetune"], strict=True)]
-    efficiency = [share / free for share, free in zip(shares, idle, strict=True)]
-    return {
-        "attainment": both["attainment"],
-        "attainment_inference_only": alone["attainment"],
-        "finetune_tok_s": statistics.median(rates["coserve"]),
-        "finetune_tok_s_dedicated": statistics.median(rates["finetune"]),
-        "finetune_share": statistics.median(shares),
-        "idle_share_inference_only": statistics.median(idle),
-        "leftover_efficiency": statistics.median(efficiency),
-        "p99_tpot_ms": both["p99_tpot_ms"],
-        "p99_ttft_ms": both["p99_ttft_ms"],
-        "max_gap_ms": both["max_gap_ms"],
-        "coserve": both,
-        "inference_only": alone,
-    }
+def loads(args: argparse.Namespace) -> list[str]:
+    return ["mid"] if args.quick else list(LOADS)
+
+
+def phases(contestants: Mapping[str, Run], rounds: int) -> list[tuple[int, str]]:
+    """(round, contestant) in the order of measuring: contestants take turns within a round."""
+    return [(turn, name) for turn in range(rounds) for name in contestants if turn == 0 or name in EVERY_ROUND]
+
+
+def measure_cell(
+    setting: Setting, contestants: Mapping[str, Run], trace: Trace, load: str, rate: float, start: int, progress: Callable[[str], None]
+) -> list[Sample]:
+    """Every contestant with the same requests in a round; each round takes the next ones of the trace."""
+    args, found = setting.args, []
+    per_round = max(1, round(rate * args.seconds))
+    for turn, name in phases(contestants, args.rounds):
+        progress(f"{trace.name} {load}, round {turn + 1}: {name}")
+        offered = setting.load(trace, start + turn * per_round, rate, args.seconds)
+        phase = contestants[name](offered)
+        found.append(Sample(trace.name, load, name, turn, phase))
+        failed = sum(not r.ok for r in phase.records)
+        log(
+            f"{trace.name} {load} {turn + 1} {name}: {phase.finetune_tok_s:.0f} finetuning tok/s, {len(phase.records)} requests"
+            + (f", {failed} failed" if failed else "")
+            + ("" if phase.busy is None else f", busy {phase.busy:.0%}")
+        )
+    return found
+
+
+def measure(setting: Setting, server: Server, slos: Slos, contestants: Mapping[str, Run], fields: dict[str, Any]) -> list[Sample]:
+    """All cells, into `fields` and into the result file as they come. Returns the samples."""
+    args = setting.args
+    samples: list[Sample] = []
+    cells: list[dict[str, Any]] = []
+    by_trace = {trace.name: rates(setting, server, trace) for trace in setting.traces}
+    total = len(by_trace) * len(loads(args)) * len(phases(contestants, args.rounds))
+    with shown(total) as progress:
+        for trace in setting.traces:
+            capacity_req_s, by_load = by_trace[trace.name]
+            start = CAPACITY_REQUESTS
+            for load, rate in by_load.items():
+                measured = measure_cell(setting, contestants, trace, load, rate, start, progress)
+                start += args.rounds * max(1, round(rate * args.seconds))
+                samples += measured
+                where = {"trace": trace.name, "load": load, "rate": rate, "capacity_req_s": capacity_req_s}
+                cells.append({**where, "seconds": args.seconds, "rounds": args.rounds, **cell_figures(measured, slos)})
+                fields |= grid_figures(cells, samples, slos)
+                write("coserve", args, fields, [s.as_dict() for s in samples])
+    return samples
+
+
+# -------------------------------------------------------------------------------------------------------------- showing
+@contextlib.contextmanager
+def shown(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the function it gives is called before each phase with what it is."""
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task: TaskID = bar.add_task("", total=total)
+        begun = -1
+
+        def begin(description: str) -> None:
+            nonlocal begun
+            begun += 1
+            bar.update(task, description=description, completed=begun)
+
+        yield begin
+        bar.update(task, completed=total)
+
+
+def show(cells: list[dict[str, Any]]) -> None:
+    columns = ("trace", "load", "req/s", "contestant", "tok/s", "loose", "mid", "strict", "TTFT p99", "TPOT p99")
+    table = Table(title="finetuning tok/s, share of requests within each SLO, milliseconds")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for cell in cells:
+        for name, c in cell["contestants"].items():
+            shares = ["" if c["attainment"][slo] is None else f"{c['attainment'][slo]:.0%}" for slo in ("loose", "mid", "strict")]
+            latencies = ["" if c[key] is None else f"{c[key]:.0f}" for key in ("p99_ttft_ms", "p99_tpot_ms")]
+            table.add_row(cell["trace"], cell["load"], f"{cell['rate']:.2f}", name, f"{c['finetune_tok_s']:.0f}", *shares, *latencies)
+        table.add_section()
+    Console(stderr=True, width=max(Console(stderr=True).width, 110)).print(table)
+
+
+def options() -> argparse.Namespace:
+    found = parser(__doc__.splitlines()[0])
+    found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
+    found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 7, with --quick 8)")
+    found.add_argument("--rounds", type=int, help="default: 3, with --quick 1")
+    found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="frequencies of temporal sharing, 0: dynamic (default: 128 0)")
+    found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
+    args = found.parse_args()
+    args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
+    args.seconds = args.seconds or (8.0 if args.quick else 7.0)
+    args.rounds = args.rounds or (1 if args.quick else 3)
+    args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [128, 0])
+    if args.rates and len(args.rates) != len(loads(args)):
+        found.error(f"--rates needs one rate for each of the loads {', '.join(loads(args))}")
+    return args
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--rate", type=float, default=0.8, help="requests per second")
-    options.add_argument("--cv", type=float, default=1.0, help="burstiness: coefficient of variation of the gaps (1 is Poisson)")
-    options.add_argument("--prompt-tokens", type=int, default=128)
-    options.add_argument("--output-tokens", type=int, default=64)
-    options.add_argument("--slo", choices=sorted(SLOS), default="loose")
-    options.add_argument("--seconds", type=float, help="length of a phase (default: 60, or 15 with --quick)")
-    options.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure a split machine, with this vLLM")
-    args = options.parse_args()
-    seconds, rounds = args.seconds or (15.0 if args.quick else 60.0), 1 if args.quick else 3
+    args = options()
     model = resolve_model(args.model)
-    vocab = ModelConfig.from_hf(model).vocab_size
-    arrivals = gamma_arrivals(args.rate, seconds, args.prompt_tokens, args.output_tokens, cv=args.cv, length_cv=0.5, seed=args.seed)
-    load = Load(arrivals, random_prompts([a.prompt_tokens for a in arrivals], vocab, args.seed), seconds)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        flags = ["--state-dir", str(folder / "state"), "--dtype", "bfloat16"]
-        with flexllm_server(model, folder / "probe.log", *flags, threads=args.threads) as server:
-            step = decode_step_seconds(server, vocab, args.seed)
-        h = step / REFERENCE_STEP
-        ttft, tpot = SLOS[args.slo]
-        slo = (ttft, tpot * h)
-        log(f"decode step at batch 8: {1e3 * step:.1f} ms, h = {h:.2f}; objectives: TTFT {slo[0]:.1f} s, TPOT {1e3 * slo[1]:.0f} ms")
-        flags += ["--slo-ttft", f"{slo[0]:.4f}", "--slo-tpot", f"{slo[1]:.4f}"]
-        with flexllm_server(model, folder / "flexllm.log", *flags, threads=args.threads) as server:
-            phases = measure(server, load, rounds, args.seed, folder)
-        fields = figures(phases, slo)
-        split = split_machine(args, model, load, slo, vocab, folder) if args.vllm_python else None
-    fields |= {
-        "speedup_vs_best_split": fields["finetune_tok_s"] / split["finetune_tok_s"] if split else None,
-        "split": {k: v for k, v in split.items() if k != "records"} if split else None,
-        "slo": {"name": args.slo, "ttft_s": slo[0], "tpot_s": slo[1], "h": h, "decode_step_ms": 1e3 * step},
-        "load": {"rate": args.rate, "cv": args.cv, "requests": len(arrivals), "seconds": seconds, "rounds": rounds},
-    }
-    finish("coserve", args, fields, samples(phases, split))
-
-
-def samples(phases: dict[str, list[Phase]], split: dict[str, Any] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: [{"finetune_tok_s": p.finetune_tok_s, "busy": p.busy, "requests": raw(p.records)} for p in rounds]
-        for name, rounds in phases.items()
-    }
-    return {**found, "split": split["records"]} if split else found
+    traces = [Trace.named(name, common.TRACES, args.seed) for name in args.traces]
+    for trace in traces:
+        log(f"{trace.name}: {trace.source}")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        setting = Setting(args, model, ModelConfig.from_hf(model).vocab_size, traces, folder)
+        server = stack.enter_context(flexllm(setting, "inference", "--mode", "inference"))
+        inference = Ours(server, folder)
+        stack.enter_context(freezer(server))
+        with awake(server):
+            step = decode_step_seconds(server, setting.vocab_size, args.seed)
+        slos = slos_here(step / REFERENCE_STEP)
+        log(f"decode step at batch 8: {1e3 * step:.1f} ms; objectives (TTFT s, TPOT s): {slos}")
+        contestants: dict[str, Run] = {"inference": inference.run, **start_ours(stack, setting, slos)}
+        if args.vllm_python:
+            contestants |= start_vllm_beside_peft(stack, setting)
+        contestants = dict(sorted(contestants.items(), key=lambda item: item[0] not in EVERY_ROUND))  # those to be paired, side by side
+        fields: dict[str, Any] = {
+            "h": step / REFERENCE_STEP,
+            "decode_step_ms": 1e3 * step,
+            "slos": {name: {"ttft_s": ttft, "tpot_s": tpot} for name, (ttft, tpot) in slos.items()},
+            "split_attains_from": ATTAINED,
+            "traces": {trace.name: trace.source for trace in traces},
+            "patience_s": PATIENCE,
+            "cut_after_tokens": ENOUGH_TOKENS,
+        }
+        samples = measure(setting, server, slos, contestants, fields)
+    show(fields["cells"])
+    finish("coserve", args, fields, [s.as_dict() for s in samples])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class ServerContestant:
 
         async def load() -> list[RequestRecord]:
             async with LoadGenerator(self._server.base_url, self._server.model) as generator:
-                return await generator.closed_loop(prompts, OUTPUT_TOKENS, concurrency)
+                return await generator.closed_loop(prompts, [OUTPUT_TOKENS] * requests, concurrency)
 
         with awake(self._server):
             records = asyncio.run(load())

@@ -314,6 +314,9 @@ def test_stats(folder: Path, tmp_path: Path, engine: Engine) -> None:
         plan.backward_rows,
     )
     assert step["seconds"] > 0
+    layers_done = sum(work.rows * work.num_layers for p in run.plans for work in p.backward)
+    backward = stats["finetune_tokens"]["job"]["backward"]
+    assert 0 < backward == pytest.approx(layers_done / engine.model_config.num_layers), "not only whole sequences count"
     assert stats["num_running"] == 3
     assert stats["adapters"] == 1
     assert 0 < stats["kv_usage"] < 1

@@ -51,6 +51,8 @@ def test_help_and_version_load_neither_torch_nor_transformers():
         (["serve", "--slo-tpot", "-1"], "tpot"),
         (["serve", "--mode", "fast"], "mode"),
         (["serve", "--kv-cache-gb", "0"], "kv-cache-gb"),
+        (["serve", "--finetune-gb", "0"], "finetune-gb"),
+        (["serve", "--temporal-steps", "-1"], "--temporal-steps"),
         (["serve", "--enable-adapter-loading"], "--adapter-dir"),
         (["generate", "--temperature", "-1", "-p", "a"], "temperature"),
         (["generate", "--file", "no-such-file"], "no-such-file"),

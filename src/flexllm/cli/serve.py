@@ -27,10 +27,16 @@ def serve(
     ] = None,
     flex_slo_tpot: Annotated[float | None, typer.Option(help="\\[default: three times as long]", show_default=False)] = None,
     mode: Annotated[str, typer.Option(help="coserve, temporal, inference or finetune: who gets the device.")] = "coserve",
+    temporal_steps: Annotated[
+        int, typer.Option(help="Mode temporal: inference iterations between two of finetuning; 0: dynamic.", min=0)
+    ] = SchedulerConfig.temporal_inference_steps,
     max_running: Annotated[int, typer.Option(help="Most requests in the batch.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(help="Most inference tokens in one iteration.")] = 512,
     kv_cache_gb: Annotated[
         float | None, typer.Option(help="Size of the KV cache, GB. \\[default: a share of free memory]", show_default=False)
+    ] = None,
+    finetune_gb: Annotated[
+        float | None, typer.Option(help="What finetuning may hold besides, GB. \\[default: a share of free memory]", show_default=False)
     ] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="Database, files, adapters, checkpoints. \\[default: in the user's data folder]", show_default=False)
@@ -58,8 +64,9 @@ def serve(
 
     Then, with the official client: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="secret").
     """
-    if kv_cache_gb is not None and not kv_cache_gb > 0:
-        raise ValueError(f"kv-cache-gb must be positive, got {kv_cache_gb}")
+    for option, size in (("kv-cache-gb", kv_cache_gb), ("finetune-gb", finetune_gb)):
+        if size is not None and not size > 0:
+            raise ValueError(f"{option} must be positive, got {size}")
     flex = SLO(flex_slo_ttft or 10 * slo_ttft, flex_slo_tpot or 3 * slo_tpot)
     engine_config = EngineConfig(
         model=model_ref(model),
@@ -69,9 +76,14 @@ def serve(
         threads=threads,
         max_model_len=max_model_len,
         max_adapters=max_adapters,
-        cache=CacheConfig(kv_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 1e9)),
+        cache=CacheConfig(kv_bytes=_bytes(kv_cache_gb), finetune_bytes=_bytes(finetune_gb)),
         scheduler=SchedulerConfig(
-            mode=mode, slo=SLO(slo_ttft, slo_tpot), class_slos={BATCH: flex}, max_running=max_running, max_batch_tokens=max_batch_tokens
+            mode=mode,
+            slo=SLO(slo_ttft, slo_tpot),
+            class_slos={BATCH: flex},
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            temporal_inference_steps=temporal_steps,
         ),
         state_dir=state_dir or settings.state_dir(),
         trace=trace,
@@ -90,3 +102,7 @@ def serve(
         enable_adapter_loading=enable_adapter_loading,
         adapter_dir=adapter_dir,
     )
+
+
+def _bytes(gb: float | None) -> int | None:
+    return None if gb is None else int(gb * 1e9)

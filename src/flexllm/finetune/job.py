@@ -64,7 +64,8 @@ class TrainingJob:
     optimizer: AdapterOptimizer = field(init=False)
     valid_sums: LossSums = field(default_factory=LossSums)
     tokens: int = 0  # rows trained (forward and backward), all steps
-    phase_tokens: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})  # rows through all layers, as they go
+    # Rows through all layers, as they go; in the backward each layer counts for its share, or a slow job would seem to stand still.
+    phase_tokens: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
     last_saved: float = -math.inf  # when the resume state was last written
     _programs: dict[int, LevelProgram] = field(default_factory=dict)
     write_failed: bool = False  # set by the writer's thread: the job has failed, and nothing more of it is written or announced

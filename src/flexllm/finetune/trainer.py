@@ -75,8 +75,7 @@ class Trainer:
         for work in plan.backward:
             training = self.jobs[work.job.id]
             run_slice(self.model, self.cache, self.pool, work, self.states, training.ledger)
-            if work.lowest == training.job.lowest_layer:
-                training.phase_tokens["backward"] += work.rows
+            training.phase_tokens["backward"] += work.rows * work.num_layers / (work.job.num_layers - work.job.lowest_layer)
 
     def step_optimizers(self, jobs: tuple[FinetuneJob, ...], now: float) -> None:
         for job in jobs:

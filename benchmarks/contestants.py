@@ -1,0 +1,175 @@
+"""Who takes part in coserve.py: this engine's server in one of its modes, or vLLM beside PEFT training. One is awake at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from client import Closing, LoadGenerator, RequestRecord
+from common import log
+from grid import Phase
+from jobs import start_job
+from processes import Peer, Server, awake
+from workloads import Load, random_prompts
+
+SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
+PATIENCE = 15.0  # seconds after the last arrivals
+ENOUGH_TOKENS = 10  # a request that has them when the arrivals end is judged by them: draining would take as long as measuring
+CLEAN_SECONDS = 20.0
+COMES_BACK_SECONDS = 60.0  # for an engine that died and is being restarted
+WARM_SECONDS = 2.0  # of a job that begins: its backward is compiled, and the latency model learns from its first iterations
+PEER_ROWS = 256  # of a training step of PEFT, about as many as our jobs' examples have
+
+
+class Ours:
+    """A server of this engine. With `training_seed` it has a LoRA job that outlasts the benchmark; being frozen is its pause."""
+
+    def __init__(self, server: Server, folder: Path, training_seed: int | None = None) -> None:
+        self.server = server
+        if training_seed is not None:
+            start_job(server, folder, training_seed)
+            time.sleep(WARM_SECONDS)
+
+    def run(self, load: Load) -> Phase:
+        """Offer the load and count over its seconds, beginning with an idle server; the answers are then waited for."""
+
+        async def phase() -> tuple[list[RequestRecord], Counters, Counters]:
+            before = await asyncio.to_thread(Counters.read, self.server)
+            requests = asyncio.create_task(offer(self.server, load))
+            await asyncio.sleep(load.seconds)
+            after = await asyncio.to_thread(Counters.read, self.server)
+            return await requests, before, after
+
+        with awake(self.server):
+            settle(self.server)
+            records, before, after = asyncio.run(phase())
+            wait_until_clean(self.server)
+        elapsed = after.time - before.time
+        tokens, busy = after.finetune_tokens - before.finetune_tokens, after.step_seconds - before.step_seconds
+        return Phase(records, load.seconds, tokens / elapsed, min(1.0, busy / elapsed))
+
+
+class VllmBesidePeft:
+    """vLLM, and PEFT training for as long as there are requests; which cores they have was said when they were started."""
+
+    def __init__(self, server: Server, peer: Peer, vocab_size: int, seed: int) -> None:
+        self.server = server
+        self._peer = peer
+        self._ids = random_prompts([PEER_ROWS + 1], vocab_size, seed)[0]
+        self._train()
+
+    def _train(self) -> float:
+        return float(self._peer.ask(ids=self._ids, checkpointing=False, count=False)["seconds"])
+
+    def run(self, load: Load) -> Phase:
+        steps: list[float] = []
+        done = threading.Event()
+
+        def train() -> None:
+            while not done.is_set():
+                steps.append(self._train())
+
+        trainer = threading.Thread(target=train)
+        with awake(self.server):
+            settle(self.server)
+            trainer.start()
+            try:
+                records = asyncio.run(offer(self.server, load))
+            finally:
+                done.set()
+                trainer.join()
+            wait_until_clean(self.server)
+        return Phase(records, load.seconds, PEER_ROWS * len(steps) / sum(steps), None)
+
+
+async def offer(server: Server, load: Load) -> list[RequestRecord]:
+    if not load.arrivals:
+        return []
+    async with LoadGenerator(server.base_url, server.model) as generator:
+        return await generator.open_loop(load.arrivals, load.prompts, Closing(load.seconds, PATIENCE, ENOUGH_TOKENS))
+
+
+# ---------------------------------------------------------------------------------------------------- what a server says
+def samples(server: Server) -> list[tuple[str, dict[str, str], float]]:
+    """(name, labels, value) of every sample of /metrics."""
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    return [(s.name, s.labels, s.value) for family in text_string_to_metric_families(text) for s in family.samples]
+
+
+@dataclass(frozen=True)
+class Counters:
+    time: float
+    finetune_tokens: float
+    step_seconds: float
+
+    @staticmethod
+    def read(server: Server) -> Counters:
+        found = samples(server)
+        tokens = sum(v for name, labels, v in found if name == "flexllm:finetune_tokens_total" and labels["phase"] == "backward")
+        return Counters(time.perf_counter(), tokens, sum(v for name, _, v in found if name == "flexllm:step_seconds_sum"))
+
+
+def settle(server: Server) -> None:
+    """What to do with a server that was just thawed. Raises RuntimeError if it does not live: its figures would be zeros."""
+    time.sleep(SETTLE)
+    deadline = time.monotonic() + COMES_BACK_SECONDS
+    while (answer := httpx.get(f"{server.base_url}/health", timeout=30)).status_code != 200:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"a server is not up: {answer.text}")
+        log(f"waiting for a server: {answer.text}")
+        time.sleep(5)
+
+
+def wait_until_clean(server: Server) -> None:
+    """Until no request is running or waiting, or CLEAN_SECONDS. Requests that were cut end a little after their client left."""
+    deadline = time.monotonic() + CLEAN_SECONDS
+    while left := sum(v for name, _, v in samples(server) if name in ("vllm:num_requests_running", "vllm:num_requests_waiting")):
+        if time.monotonic() > deadline:
+            log(f"{left:g} requests are still there after {CLEAN_SECONDS:g} s")
+            return
+        time.sleep(0.1)
+
+
+# ----------------------------------------------------------------------------------------------------- what a machine can
+def decode_step_seconds(server: Server, vocab_size: int, seed: int) -> float:
+    """A decode step at batch 8: the median TPOT of eight concurrent requests with short prompts."""
+
+    async def probe() -> list[RequestRecord]:
+        async with LoadGenerator(server.base_url, server.model) as generator:
+            await generator.closed_loop(random_prompts([16] * 8, vocab_size, seed), [8] * 8, concurrency=8)
+            return await generator.closed_loop(random_prompts([16] * 8, vocab_size, seed + 1), [48] * 8, concurrency=8)
+
+    return statistics.median(r.tpot for r in asyncio.run(probe()))
+
+
+def capacity(server: Server, load: Load, concurrency: int, warmup: float) -> float:
+    """Requests per second of a closed loop over the seconds of the load after the first `warmup`.
+
+    A request counts by the share of its tokens that came within that time, so that those in flight at either end do not go amiss.
+    """
+
+    async def probe() -> list[RequestRecord]:
+        async with LoadGenerator(server.base_url, server.model) as generator:
+            outputs = [a.output_tokens for a in load.arrivals]
+            return await generator.closed_loop(load.prompts, outputs, concurrency, seconds=load.seconds)
+
+    with awake(server):
+        settle(server)
+        records = asyncio.run(probe())
+        wait_until_clean(server)
+    wanted = [a.output_tokens for a in load.arrivals]
+    return completed(records, wanted, warmup, load.seconds) / (load.seconds - warmup)
+
+
+def completed(records: Sequence[RequestRecord], output_tokens: Sequence[int], start: float, end: float) -> float:
+    """How many requests' worth of tokens came in [start, end); `output_tokens` are what each was to have, in the order of records."""
+    shares = (sum(start <= t < end for t in r.token_times) / n for r, n in zip(records, output_tokens, strict=False))
+    return sum(shares)

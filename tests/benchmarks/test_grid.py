@@ -1,0 +1,112 @@
+"""The figures of the co-serving grid, from made-up records."""
+
+from __future__ import annotations
+
+import pytest
+
+from client import RequestRecord
+from contestants import completed
+from grid import Phase, Sample, attainment, cell_figures, contestant_figures, grid_figures, slos_here
+
+SLOS = {"loose": (5.0, 0.1), "mid": (0.4, 0.3), "strict": (0.5, 0.05)}
+
+
+def record(ttft: float = 0.2, tpot: float = 0.04, tokens: int = 11, due: float = 0.0, error: str | None = None) -> RequestRecord:
+    gaps = [tpot] * (tokens - 1)
+    return RequestRecord(due, 10, tokens, due + ttft, due + ttft + sum(gaps), max(gaps), gaps, error)
+
+
+def sample(contestant: str, turn: int, rate: float, busy: float | None = None, records: list[RequestRecord] | None = None) -> Sample:
+    return Sample("t", "mid", contestant, turn, Phase([record()] if records is None else records, 10.0, rate, busy))
+
+
+def test_only_tpot_scales_with_the_machine() -> None:
+    assert slos_here(2.0) == {"loose": (5.0, 0.090), "mid": (0.4, 0.240), "strict": (0.5, 0.100)}
+
+
+def test_attainment_needs_both_objectives_and_an_answer() -> None:
+    unanswered = RequestRecord(0.0, 10, error="not answered")
+    records = [record(), record(ttft=0.6), record(tpot=0.06), record(error="broken"), unanswered]
+    assert attainment(records, SLOS["strict"]) == 1 / 5
+    assert attainment(records, SLOS["loose"]) == 3 / 5
+    assert attainment([], SLOS["loose"]) is None
+
+
+def test_a_contestant_pools_its_rounds_and_is_judged_by_every_slo() -> None:
+    phases = [Phase([record(), record(error="broken")], 10.0, 100.0, 0.5), Phase([record(ttft=0.6, tpot=0.02)], 10.0, 300.0, 0.7)]
+    found = contestant_figures("coserve-strict", phases, SLOS)
+    assert found["finetune_tok_s"] == 200.0
+    assert found["busy"] == pytest.approx(0.6)
+    assert found["attainment"] == pytest.approx({"loose": 2 / 3, "mid": 1 / 3, "strict": 1 / 3})
+    assert found["goodput_req_s"] == 1 / 20  # by its own objectives, the strict ones
+    assert contestant_figures("inference", phases, SLOS)["goodput_req_s"] == 2 / 20
+    assert (found["requests"], found["failed"]) == (3, 1)
+    assert found["max_gap_ms"] == pytest.approx(40.0)
+
+
+def test_output_rate_counts_tokens_within_the_phase_only() -> None:
+    late = record(ttft=0.5, tpot=0.1, tokens=10, due=9.0)  # 9.5, 9.6, ... 10.4
+    assert contestant_figures("split", [Phase([late], 10.0, 1.0, None)], SLOS)["output_tok_s"] == pytest.approx(0.5, abs=0.11)
+
+
+def test_a_contestant_without_a_good_request_has_no_latencies() -> None:
+    found = contestant_figures("contending", [Phase([record(error="late")], 10.0, 5.0, None)], SLOS)
+    assert found["p99_ttft_ms"] is found["p99_tpot_ms"] is found["max_gap_ms"] is found["busy"] is None
+    assert found["attainment"]["loose"] == 0.0
+
+
+def cell() -> list[Sample]:
+    return [
+        *(sample("inference", i, 0.0, busy) for i, busy in enumerate([0.5, 0.6, 0.8])),
+        *(sample("finetune", i, rate, 1.0, []) for i, rate in enumerate([200.0, 100.0, 400.0])),
+        *(sample("coserve-loose", i, rate, 1.0) for i, rate in enumerate([150.0, 60.0, 200.0])),
+        *(sample("split", i, rate, None, [record(ttft=0.45)]) for i, rate in enumerate([100.0, 80.0, 100.0])),
+        sample("coserve-mid", 0, 50.0, 1.0),
+    ]
+
+
+def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
+    found = cell_figures(cell(), SLOS)
+    assert found["speedup_vs_split"] == {"loose": 1.5, "mid": 0.5, "strict": None}  # of 1.5, 0.75, 2; mid has one round
+    assert found["bound_vs_split"] == 2.0  # of 2, 1.25, 4
+    assert found["idle_share"] == pytest.approx(0.4)
+    assert found["leftover_efficiency"]["loose"] == pytest.approx(1.5)  # of 0.75 / 0.5, 0.6 / 0.4, 0.5 / 0.2
+    assert found["leftover_efficiency"]["mid"] == pytest.approx(0.25 / 0.5)
+    assert found["split_attains"] == {"loose": True, "mid": False, "strict": True}
+
+
+def test_without_a_split_there_is_no_ratio_to_it() -> None:
+    found = cell_figures([s for s in cell() if s.contestant != "split"], SLOS)
+    assert set(found["speedup_vs_split"].values()) == {None}
+    assert found["bound_vs_split"] is None
+    assert not any(found["split_attains"].values())
+
+
+def test_no_idle_time_no_efficiency() -> None:
+    full = [s if s.contestant != "inference" else sample("inference", s.round, 0.0, 1.0) for s in cell()]
+    assert cell_figures(full, SLOS)["leftover_efficiency"]["loose"] is None
+
+
+def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
+    one = cell()
+    slow = [record(ttft=6.0)] * 9
+    other = [
+        Sample("u", "mid", s.contestant, s.round, s.phase if s.contestant != "coserve-loose" else Phase(slow, 10.0, 40.0, 1.0)) for s in one
+    ]
+    where = {"load": "mid"}
+    cells = [{**where, **cell_figures(one, SLOS)}, {**where, **cell_figures(other, SLOS)}]
+    found = grid_figures(cells, one + other, SLOS)
+    assert found["attainment"] == 3 / 30
+    assert found["attainment_inference_only"] == 1.0
+    assert found["finetune_tok_s"] == (150 + 40) / 2
+    assert found["speedup_vs_best_split"] == pytest.approx((1.5 + 0.4) / 2)
+    mid = found["by_load"]["mid"]
+    assert mid["loose"]["attainment"] == 3 / 30
+    assert mid["strict"]["attainment"] is None  # nobody was asked to keep them
+    assert mid["loose"]["split_attains"]
+    assert not mid["mid"]["split_attains"]
+
+
+def test_capacity_counts_shares_of_requests() -> None:
+    records = [record(ttft=1.0, tpot=0.5, tokens=4), record(ttft=0.0, tpot=0.5, tokens=2)]  # 1, 1.5, 2, 2.5 and 0, 0.5
+    assert completed(records, [4, 2, 9], 0.4, 2.0) == pytest.approx(2 / 4 + 1 / 2)
