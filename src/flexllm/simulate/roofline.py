@@ -124,7 +124,7 @@ def save_levels(model: ModelConfig, context: int = 512) -> tuple[SaveLevel, ...]
         (d * BYTES, 1 + again),
     ]
     accumulators = 2 * 4 * model.kv_size + d * BYTES  # dK and dV in fp32 for the layer in progress, and the gradient on its way down
-    mixed = [("recompute", *corners[0])]
+    mixed: list[tuple[str, float, float]] = [("recompute", *corners[0])]
     for n, ((size, cost), (less, more)) in enumerate(pairwise(corners)):
         for part in range(1, MIXES + 1):  # so many of the layers are at the next corner
             share = part / MIXES
