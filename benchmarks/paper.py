@@ -71,6 +71,7 @@ ASSUMPTIONS = [
     f"training sequences have {SEQUENCES[0]} to {SEQUENCES[1]} tokens, every token a label; 4 to an optimizer step",
     "LoRA r16 on down_proj: the adapter's own FLOPs (0.1 %) and the optimizer's memory are left out; backward goes through all layers",
     f"co-serving aims at {1 - HEADROOM:g} of the TPOT objective; a scheduler spends whatever the objective leaves",
+    "a turn of temporal sharing lasts as long as one full window, as in this engine; its dynamic kind has no headroom",
     "no server, tokenizer or network; pages and activations share what the weights leave of 0.9 of the memory",
 ]
 
@@ -203,10 +204,10 @@ def repeated(trace: list[Arrival], seconds: float) -> list[Arrival]:
 # ------------------------------------------------------------------------------------------------------------- the run
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--seconds", type=float, help="of the trace (default: 60, or 10 with --quick)")
+    options.add_argument("--seconds", type=float, help="of the trace (default: 45, or 10 with --quick)")
     options.add_argument("--processes", type=int, default=1, help="simulations at a time")
     args = options.parse_args()
-    seconds, rates = args.seconds or (10.0 if args.quick else 60.0), [RATES[0], RATES[-1]] if args.quick else RATES
+    seconds, rates = args.seconds or (10.0 if args.quick else 45.0), [RATES[0], RATES[-1]] if args.quick else RATES
     tasks = [(name, contestant, rate) for name in MODELS for contestant in CONTESTANTS for rate in rates]
     tasks += [(name, "dedicated", 0) for name in MODELS]
     first, ends = next(iter(MODELS)), (rates[0], rates[-1])
@@ -242,9 +243,8 @@ def main() -> None:
 
 
 def show(name: str, rows: dict[str, Any]) -> None:
-    log(
-        f"{name}: dedicated {rows['dedicated']['finetune_tok_s']:,.0f} tok/s; kept {rows['kept']:.0%}; speedup {rows['speedup_vs_separate']}"
-    )
+    speedups = ", ".join("-" if s is None else f"{s:.2f}" for s in rows["speedup_vs_separate"])
+    log(f"{name}: dedicated {rows['dedicated']['finetune_tok_s']:,.0f} tok/s, kept {rows['kept']:.0%}, speedup {speedups}")
     for contestant in CONTESTANTS:
         at = rows[contestant]
         log(f"  {contestant:17}" + "".join(f"{t:9,.0f} {a:4.0%}" for t, a in zip(at["finetune_tok_s"], at["attainment"], strict=True)))
