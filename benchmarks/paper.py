@@ -177,7 +177,8 @@ def paper_figures() -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- the scale
 def timed(replicas: int, rate: float, seconds: float, seed: int) -> dict[str, float]:
-    """CPU time of co-serving an 8B model on so many replicas, `rate` requests/s on each."""
+    """CPU time of co-serving an 8B model on so many replicas, `rate` requests/s on each. The replicas go on after `seconds` until
+    every request is answered: that is in the iterations and in the time, not in the replica seconds."""
     experiment = Experiment("llama-3.1-8b", seconds, seed)
     trace = repeated(arrivals(rate * replicas, min(seconds, 1800.0), seed), seconds)
     begun = time.process_time()

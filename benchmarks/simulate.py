@@ -34,8 +34,6 @@ WARMUP = 2.0  # seconds that the job has run when requests begin to come
 FITTING_ROUNDS = 4
 NUM_BLOCKS = 2048  # pages: memory is no limit there
 
-Sample = Mapping[str, Any]  # of coserve.py's `samples`
-
 
 @dataclass(frozen=True)
 class Model:
@@ -46,13 +44,12 @@ class Model:
     noise: float = NOISE
     seed: int = 0
 
-    def run(self, contestant: str, slo: SLO, sample: Sample, seconds: float, factor: float) -> SimulationResult:
+    def run(self, contestant: str, slo: SLO, trace: Sequence[Arrival], seconds: float, factor: float) -> SimulationResult:
         """A measured phase once more, iterations taking `factor` times their profile."""
         coefficients = {k: factor * v for k, v in self.profile["coefficients"].items()}
         latency = LatencyModel(coefficients, [factor * s for s in self.profile["slopes"]])
         machine = Machine(latency, NUM_BLOCKS, finetune_bytes=1 << 40)
         config = SchedulerConfig(slo=slo, mode="inference" if contestant == "inference" else "coserve")
-        trace = arrivals(sample["requests"])
         return simulate(trace, [self.job], config, machine, seconds=seconds, warmup=WARMUP, noise=self.noise, seed=self.seed)
 
 
@@ -65,8 +62,9 @@ def arrivals(requests: Iterable[Mapping[str, Any]]) -> list[Arrival]:
 def figures(rounds: Sequence[SimulationResult], slo: SLO) -> dict[str, float]:
     """Of all rounds of a contestant, as coserve.py has them: requests pooled, finetuning the median."""
     records = [r for result in rounds for r in result.records]
+    done = [r for r in records if r.finished]
     quantiles = {
-        f"p{q}_{name}_ms": 1e3 * float(np.percentile([getattr(r, name) for r in records], q)) for name in ("ttft", "tpot") for q in (50, 99)
+        f"p{q}_{name}_ms": 1e3 * float(np.percentile([getattr(r, name) for r in done], q)) for name in ("ttft", "tpot") for q in (50, 99)
     }
     return {
         "attainment": statistics.fmean(r.attains(slo) for r in records),
@@ -75,36 +73,65 @@ def figures(rounds: Sequence[SimulationResult], slo: SLO) -> dict[str, float]:
     }
 
 
-def validate(measured: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
-    """Simulated beside measured, for each contestant in each cell of a result of coserve.py."""
-    slos = {name: SLO(slo["ttft_s"], slo["tpot_s"]) for name, slo in measured["slos"].items()}
-    workloads = []
-    for cell in measured["cells"]:
-        samples = [s for s in measured["samples"] if (s["trace"], s["load"]) == (cell["trace"], cell["load"]) and s["requests"]]
+class Cell:
+    """A trace at a load: what was measured, and the same simulated."""
 
-        def simulated(
-            contestant: str, factor: float, cell: Mapping[str, Any] = cell, samples: Sequence[Sample] = samples
-        ) -> dict[str, float]:
-            slo = slos[CONTESTANTS[contestant]]
-            rounds = [s for s in samples if s["contestant"] == contestant]
-            return figures([model.run(contestant, slo, s, cell["seconds"], factor) for s in rounds], slo)
+    def __init__(self, cell: Mapping[str, Any], measured: Mapping[str, Any], model: Model) -> None:
+        self._cell, self._model = cell, model
+        self._where = {name: cell[name] for name in ("trace", "load")}
+        self._slos = {name: SLO(slo["ttft_s"], slo["tpot_s"]) for name, slo in measured["slos"].items()}
+        here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
+        self._rounds = {name: [s for s in here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
 
-        factor = 1.0
+    @property
+    def contestants(self) -> list[str]:
+        """Those that answered requests."""
+        return [name for name, rounds in self._rounds.items() if rounds]
+
+    def simulate(self, contestant: str, factor: float) -> dict[str, float]:
+        slo = self._slos[CONTESTANTS[contestant]]
+        seconds = self._cell["seconds"]
+        rounds = self._rounds[contestant]
+        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), seconds, factor) for s in rounds], slo)
+
+    def fit(self) -> float:
+        """The factor that gives inference alone its measured median TPOT."""
+        wanted, factor = self._cell["contestants"]["inference"]["p50_tpot_ms"], 1.0
         for _ in range(FITTING_ROUNDS):
-            factor *= cell["contestants"]["inference"]["p50_tpot_ms"] / simulated("inference", factor)["p50_tpot_ms"]
-        for contestant, slo in CONTESTANTS.items():
-            if contestant not in cell["contestants"]:
-                continue
-            predicted = simulated(contestant, factor)
-            found = cell["contestants"][contestant]
-            found = {name: found["attainment"][slo] if name == "attainment" else found[name] for name in predicted}
-            where = {"trace": cell["trace"], "load": cell["load"], "contestant": contestant, "slo": slo, "factor": factor}
-            workloads.append({**where, "simulated": predicted, "measured": found})
-            log(
-                f"{cell['trace']} {cell['load']} {contestant}: x {factor:.2f}, "
-                + ", ".join(f"{k} {predicted[k]:.3g} ({found[k]:.3g})" for k in found)
-            )
-    return workloads
+            factor *= wanted / self.simulate("inference", factor)["p50_tpot_ms"]
+        return factor
+
+    def compare(self, contestant: str, factor: float) -> dict[str, Any]:
+        """One of the result's `workloads`."""
+        simulated, slo = self.simulate(contestant, factor), CONTESTANTS[contestant]
+        known = self._cell["contestants"][contestant]
+        measured = {name: known["attainment"][slo] if name == "attainment" else known[name] for name in simulated}
+        log(
+            f"{self._cell['trace']} {self._cell['load']} {contestant}, x {factor:.2f}; simulated (measured): "
+            + ", ".join(f"{name} {simulated[name]:.3g} ({measured[name]:.3g})" for name in simulated)
+        )
+        return {**self._where, "contestant": contestant, "slo": slo, "factor": factor, "simulated": simulated, "measured": measured}
+
+    def dedicated(self, factor: float) -> dict[str, Any]:
+        """The job alone: what part of a difference is the profile's, not the scheduling's."""
+        slo = self._slos["loose"]
+        simulated = self._model.run("coserve-loose", slo, [], self._cell["seconds"], factor).finetune_rate
+        measured = self._cell["contestants"]["finetune"]["finetune_tok_s"]
+        return {**self._where, "simulated": simulated, "measured": measured, "ratio": ratio(simulated, measured)}
+
+
+def validate(measured: Mapping[str, Any], model: Model) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Simulated beside measured, for each contestant in each cell of a result of coserve.py; and the job alone."""
+    workloads, dedicated = [], []
+    for each in measured["cells"]:
+        cell = Cell(each, measured, model)
+        if "inference" not in cell.contestants:
+            continue
+        factor = cell.fit()
+        workloads += [cell.compare(contestant, factor) for contestant in cell.contestants]
+        if "finetune" in each["contestants"]:
+            dedicated.append(cell.dedicated(factor))
+    return workloads, dedicated
 
 
 def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -146,12 +173,13 @@ def main() -> None:
         lengths = [len(llm.tokenizer.encode(text)) for text in training_texts(TEXTS, TEXT_WORDS, args.seed)]
         layers = llm.model_config.num_layers
     job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("recompute", 1),))
-    workloads = validate(measured, Model(profile, job, args.noise, args.seed))
+    workloads, dedicated = validate(measured, Model(profile, job, args.noise, args.seed))
     traces = by_trace(workloads)
     cells = [ratio(*(w[side]["finetune_tok_s"] for side in ("simulated", "measured"))) for w in workloads]
     fields = {
         "workloads": workloads,
         "by_trace": traces,
+        "dedicated": dedicated,
         "worst_ratio": worst(t["finetune_tok_s"]["ratio"] for t in traces.values()),
         "worst_cell_ratio": worst(cells),
         "assumptions": {"noise": args.noise, "warmup_s": WARMUP, "fitted": "one factor per cell, on the median TPOT without finetuning"},
