@@ -6,19 +6,20 @@ without finetuning the measured one (the machine's drift, the server and the cli
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log as ln
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common import RESULTS, finish, log, parser
-from flexllm.config import SLO, SchedulerConfig
+from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.llm import LLM
 from flexllm.scheduler.latency import LatencyModel
@@ -31,7 +32,7 @@ CONTESTANTS = {"inference": "loose", "coserve-loose": "loose", "coserve-strict":
 TEXTS, TEXT_WORDS = 200, 110  # of the job that coserve.py trains
 NOISE = 0.3  # sigma of the log of an iteration's time: a shared machine
 WARMUP = 2.0  # seconds that the job has run when requests begin to come
-FITTING_ROUNDS = 4
+WIDEST, PRECISION = 16.0, 1.005  # of the fitted factor
 NUM_BLOCKS = 2048  # pages: memory is no limit there
 
 
@@ -95,11 +96,16 @@ class Cell:
         return figures([self._model.run(contestant, slo, arrivals(s["requests"]), seconds, factor) for s in rounds], slo)
 
     def fit(self) -> float:
-        """The factor that gives inference alone its measured median TPOT."""
-        wanted, factor = self._cell["contestants"]["inference"]["p50_tpot_ms"], 1.0
-        for _ in range(FITTING_ROUNDS):
-            factor *= wanted / self.simulate("inference", factor)["p50_tpot_ms"]
-        return factor
+        """The factor that gives inference alone its measured median TPOT, by bisection: under load TPOT is far from linear in it."""
+        wanted = self._cell["contestants"]["inference"]["p50_tpot_ms"]
+        low, high = 1 / WIDEST, WIDEST
+        while high / low > PRECISION:
+            middle = math.sqrt(low * high)
+            if self.simulate("inference", middle)["p50_tpot_ms"] < wanted:
+                low = middle
+            else:
+                high = middle
+        return math.sqrt(low * high)
 
     def compare(self, contestant: str, factor: float) -> dict[str, Any]:
         """One of the result's `workloads`."""
@@ -154,12 +160,20 @@ def ratio(simulated: float, measured: float) -> float | None:
 
 def worst(ratios: Iterable[float | None]) -> float | None:
     """The one furthest from 1, either way; None of none."""
-    return max((r for r in ratios if r is not None), key=lambda r: abs(ln(r)), default=None)
+    return max((r for r in ratios if r is not None), key=lambda r: abs(math.log(r)), default=None)
+
+
+def engine(args: argparse.Namespace, state_dir: Path) -> EngineConfig:
+    """As coserve.py's servers are set; in a state folder of its own, so that the profile is taken now."""
+    return EngineConfig(
+        model=args.model, dtype="bfloat16", threads=args.threads, state_dir=state_dir, cache=CacheConfig(num_blocks=NUM_BLOCKS)
+    )
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--measured", type=Path, default=RESULTS / "coserve.json", help="a result of coserve.py")
+    options.add_argument("--profile", type=Path, metavar="FILE", help="a latency profile of the engine (default: taken now)")
     options.add_argument("--noise", type=float, default=NOISE, help="sigma of the log of an iteration's time")
     args = options.parse_args()
     measured = json.loads(args.measured.read_text())
@@ -167,9 +181,11 @@ def main() -> None:
         raise SystemExit(f"{args.measured} has no cells: it is not a result of this coserve.py")
     if args.quick:
         measured["cells"] = measured["cells"][:1]
-    with LLM(args.model, threads=args.threads) as llm, tempfile.TemporaryDirectory() as folder:
-        llm.latency.save(Path(folder, "profile.json"))
-        profile = json.loads(Path(folder, "profile.json").read_text())
+    with tempfile.TemporaryDirectory() as folder, LLM(config=engine(args, Path(folder))) as llm:
+        path = args.profile or Path(folder, "profile.json")
+        if not args.profile:
+            llm.latency.save(path)
+        profile = json.loads(path.read_text())
         lengths = [len(llm.tokenizer.encode(text)) for text in training_texts(TEXTS, TEXT_WORDS, args.seed)]
         layers = llm.model_config.num_layers
     job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("recompute", 1),))
