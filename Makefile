@@ -36,4 +36,5 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/schedule.py --quick
 	$(BIN)/python benchmarks/latency.py --quick
-	$(BIN)/python benchmarks/simulate.py --quick
+	$(BIN)/python benchmarks/simulate.py --quick --measured out/coserve.json
+	$(BIN)/python benchmarks/paper.py --quick

@@ -1,77 +1,207 @@
-"""How far the simulator is from a measurement: the requests of a result of coserve.py, once more on the virtual clock.
+"""How far the simulator is from measurements: the requests of every cell of coserve.py's grid, once more on the virtual clock.
 
-Iterations take what the engine's profile says, taken here and now, times one factor that makes the simulated TPOT without
-finetuning the measured one (server, client and whatever else was on the machine). Co-serving is then predicted, not fitted.
+Iterations take what the engine's profile says, taken here and now, times one factor per cell that makes the simulated TPOT
+without finetuning the measured one (the machine's drift, the server and the client). Co-serving is then predicted, not fitted.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import RESULTS, finish, log, parser
-from flexllm.config import SLO, SchedulerConfig
+from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.llm import LLM
 from flexllm.scheduler.latency import LatencyModel
-from flexllm.simulate.simulator import Machine, SimulationResult, simulate
+from flexllm.simulate.replica import Machine
+from flexllm.simulate.simulator import SimulationResult, simulate
 from flexllm.simulate.workload import Arrival
+from workloads import training_texts
 
-SEQUENCE = 256  # tokens of a training example of coserve.py, nearly
+CONTESTANTS = {"inference": "loose", "coserve-loose": "loose", "coserve-strict": "strict"}  # and the SLO each is judged by
+TEXTS, TEXT_WORDS = 200, 110  # of the job that coserve.py trains
 NOISE = 0.3  # sigma of the log of an iteration's time: a shared machine
-FITTING_ROUNDS = 4
+WARMUP = 2.0  # seconds that the job has run when requests begin to come
+WIDEST, PRECISION = 16.0, 1.005  # of the fitted factor
+NUM_BLOCKS = 2048  # pages: memory is no limit there
 
 
-def slowed(stored: dict[str, Any], factor: float) -> Machine:
-    latency = LatencyModel({k: factor * v for k, v in stored["coefficients"].items()}, [factor * s for s in stored["slopes"]])
-    return Machine(latency, num_blocks=4096, finetune_bytes=1 << 40)  # memory was no limit
+@dataclass(frozen=True)
+class Model:
+    """The engine as profiled here: `profile` is what LatencyModel.save wrote."""
+
+    profile: Mapping[str, Any]
+    job: FinetuneJob
+    noise: float = NOISE
+    seed: int = 0
+
+    def run(self, contestant: str, slo: SLO, trace: Sequence[Arrival], seconds: float, factor: float) -> SimulationResult:
+        """A measured phase once more, iterations taking `factor` times their profile."""
+        coefficients = {k: factor * v for k, v in self.profile["coefficients"].items()}
+        latency = LatencyModel(coefficients, [factor * s for s in self.profile["slopes"]])
+        machine = Machine(latency, NUM_BLOCKS, finetune_bytes=1 << 40)
+        config = SchedulerConfig(slo=slo, mode="inference" if contestant == "inference" else "coserve")
+        return simulate(trace, [self.job], config, machine, seconds=seconds, warmup=WARMUP, noise=self.noise, seed=self.seed)
 
 
-def figures(result: SimulationResult, slo: SLO) -> dict[str, float]:
-    s = result.summary(slo)
-    return {
-        "p50_ttft_ms": 1e3 * s["ttft_p50"],
-        "p50_tpot_ms": 1e3 * s["tpot_p50"],
-        "p99_tpot_ms": 1e3 * s["tpot_p99"],
-        "attainment": s["attainment"],
-        "finetune_tok_s": s["finetune_rate"],
+def arrivals(requests: Iterable[Mapping[str, Any]]) -> list[Arrival]:
+    """What was asked, with the outputs that were given (a failed request may have none: it counts as one token)."""
+    found = (Arrival(r["due"], r["prompt_tokens"], max(1, r["output_tokens"])) for r in requests)
+    return sorted(found, key=lambda arrival: arrival.time)
+
+
+def figures(rounds: Sequence[SimulationResult], slo: SLO) -> dict[str, float]:
+    """Of all rounds of a contestant, as coserve.py has them: requests pooled, finetuning the median."""
+    records = [r for result in rounds for r in result.records]
+    done = [r for r in records if r.finished]
+    quantiles = {
+        f"p{q}_{name}_ms": 1e3 * float(np.percentile([getattr(r, name) for r in done], q)) for name in ("ttft", "tpot") for q in (50, 99)
     }
+    return {
+        "attainment": statistics.fmean(r.attains(slo) for r in records),
+        "finetune_tok_s": statistics.median(result.finetune_rate for result in rounds),
+        **quantiles,
+    }
+
+
+class Cell:
+    """A trace at a load: what was measured, and the same simulated."""
+
+    def __init__(self, cell: Mapping[str, Any], measured: Mapping[str, Any], model: Model) -> None:
+        self._cell, self._model = cell, model
+        self._where = {name: cell[name] for name in ("trace", "load")}
+        self._slos = {name: SLO(slo["ttft_s"], slo["tpot_s"]) for name, slo in measured["slos"].items()}
+        here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
+        self._rounds = {name: [s for s in here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
+
+    @property
+    def contestants(self) -> list[str]:
+        """Those that answered requests."""
+        return [name for name, rounds in self._rounds.items() if rounds]
+
+    def simulate(self, contestant: str, factor: float) -> dict[str, float]:
+        slo = self._slos[CONTESTANTS[contestant]]
+        seconds = self._cell["seconds"]
+        rounds = self._rounds[contestant]
+        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), seconds, factor) for s in rounds], slo)
+
+    def fit(self) -> float:
+        """The factor that gives inference alone its measured median TPOT, by bisection: under load TPOT is far from linear in it."""
+        wanted = self._cell["contestants"]["inference"]["p50_tpot_ms"]
+        low, high = 1 / WIDEST, WIDEST
+        while high / low > PRECISION:
+            middle = math.sqrt(low * high)
+            if self.simulate("inference", middle)["p50_tpot_ms"] < wanted:
+                low = middle
+            else:
+                high = middle
+        return math.sqrt(low * high)
+
+    def compare(self, contestant: str, factor: float) -> dict[str, Any]:
+        """One of the result's `workloads`."""
+        simulated, slo = self.simulate(contestant, factor), CONTESTANTS[contestant]
+        known = self._cell["contestants"][contestant]
+        measured = {name: known["attainment"][slo] if name == "attainment" else known[name] for name in simulated}
+        log(
+            f"{self._cell['trace']} {self._cell['load']} {contestant}, x {factor:.2f}; simulated (measured): "
+            + ", ".join(f"{name} {simulated[name]:.3g} ({measured[name]:.3g})" for name in simulated)
+        )
+        return {**self._where, "contestant": contestant, "slo": slo, "factor": factor, "simulated": simulated, "measured": measured}
+
+    def dedicated(self, factor: float) -> dict[str, Any]:
+        """The job alone: what part of a difference is the profile's, not the scheduling's."""
+        slo = self._slos["loose"]
+        simulated = self._model.run("coserve-loose", slo, [], self._cell["seconds"], factor).finetune_rate
+        measured = self._cell["contestants"]["finetune"]["finetune_tok_s"]
+        return {**self._where, "simulated": simulated, "measured": measured, "ratio": ratio(simulated, measured)}
+
+
+def validate(measured: Mapping[str, Any], model: Model) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Simulated beside measured, for each contestant in each cell of a result of coserve.py; and the job alone."""
+    workloads, dedicated = [], []
+    for each in measured["cells"]:
+        cell = Cell(each, measured, model)
+        if "inference" not in cell.contestants:
+            continue
+        factor = cell.fit()
+        workloads += [cell.compare(contestant, factor) for contestant in cell.contestants]
+        if "finetune" in each["contestants"]:
+            dedicated.append(cell.dedicated(factor))
+    return workloads, dedicated
+
+
+def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Co-serving, the mean over a trace's loads and objectives."""
+    found: dict[str, Any] = {}
+    for trace in dict.fromkeys(w["trace"] for w in workloads):
+        cells = [w for w in workloads if w["trace"] == trace and w["contestant"] != "inference"]
+        means = {
+            figure: {side: statistics.fmean(w[side][figure] for w in cells) for side in ("simulated", "measured")}
+            for figure in ("attainment", "finetune_tok_s")
+        }
+        tuned = means["finetune_tok_s"]
+        found[trace] = {**means, "finetune_tok_s": {**tuned, "ratio": ratio(tuned["simulated"], tuned["measured"])}}
+    return found
+
+
+def ratio(simulated: float, measured: float) -> float | None:
+    return simulated / measured if simulated and measured else None
+
+
+def worst(ratios: Iterable[float | None]) -> float | None:
+    """The one furthest from 1, either way; None of none."""
+    return max((r for r in ratios if r is not None), key=lambda r: abs(math.log(r)), default=None)
+
+
+def engine(args: argparse.Namespace, state_dir: Path) -> EngineConfig:
+    """As coserve.py's servers are set; in a state folder of its own, so that the profile is taken now."""
+    return EngineConfig(
+        model=args.model, dtype="bfloat16", threads=args.threads, state_dir=state_dir, cache=CacheConfig(num_blocks=NUM_BLOCKS)
+    )
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--measured", type=Path, default=RESULTS / "coserve_windows_wait.json", help="a result of coserve.py")
+    options.add_argument("--measured", type=Path, default=RESULTS / "coserve.json", help="a result of coserve.py")
+    options.add_argument("--profile", type=Path, metavar="FILE", help="a latency profile of the engine (default: taken now)")
+    options.add_argument("--noise", type=float, default=NOISE, help="sigma of the log of an iteration's time")
     args = options.parse_args()
     measured = json.loads(args.measured.read_text())
-    slo = SLO(measured["slo"]["ttft_s"], measured["slo"]["tpot_s"])
-    requests = measured["samples"]["coserve"][0]["requests"]
-    trace = sorted((Arrival(r["due"], r["prompt_tokens"], r["output_tokens"]) for r in requests), key=lambda arrival: arrival.time)
-    with LLM(args.model, threads=args.threads) as llm, tempfile.TemporaryDirectory() as folder:
+    if "cells" not in measured:
+        raise SystemExit(f"{args.measured} has no cells: it is not a result of this coserve.py")
+    if args.quick:
+        measured["cells"] = measured["cells"][:1]
+    with tempfile.TemporaryDirectory() as folder, LLM(config=engine(args, Path(folder))) as llm:
+        path = args.profile or Path(folder, "profile.json")
+        if not args.profile:
+            llm.latency.save(path)
+        profile = json.loads(path.read_text())
+        lengths = [len(llm.tokenizer.encode(text)) for text in training_texts(TEXTS, TEXT_WORDS, args.seed)]
         layers = llm.model_config.num_layers
-        llm.latency.save(Path(folder, "profile.json"))
-        stored = json.loads(Path(folder, "profile.json").read_text())
-    lengths = [SEQUENCE] * 200
-    job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("keep", 1),))
-
-    def run(mode: str, factor: float) -> SimulationResult:
-        config = replace(SchedulerConfig(slo=slo), mode=mode)
-        return simulate(trace, [job], config, slowed(stored, factor), seconds=measured["load"]["seconds"], noise=NOISE, seed=args.seed)
-
-    factor, wanted = 1.0, measured["inference_only"]["p50_tpot_ms"]
-    for _ in range(FITTING_ROUNDS):
-        factor *= wanted / figures(run("inference", factor), slo)["p50_tpot_ms"]
-    log(f"iterations take {factor:.2f} x their profile")
-    predicted = {"inference_only": figures(run("inference", factor), slo), "coserve": figures(run("coserve", factor), slo)}
-    found = {
-        "inference_only": {name: measured["inference_only"].get(name, 0.0) for name in predicted["inference_only"]},
-        "coserve": {name: measured["coserve"].get(name, measured["finetune_tok_s"]) for name in predicted["coserve"]},
+    job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("recompute", 1),))
+    workloads, dedicated = validate(measured, Model(profile, job, args.noise, args.seed))
+    traces = by_trace(workloads)
+    cells = [ratio(*(w[side]["finetune_tok_s"] for side in ("simulated", "measured"))) for w in workloads]
+    fields = {
+        "workloads": workloads,
+        "by_trace": traces,
+        "dedicated": dedicated,
+        "worst_ratio": worst(t["finetune_tok_s"]["ratio"] for t in traces.values()),
+        "worst_cell_ratio": worst(cells),
+        "assumptions": {"noise": args.noise, "warmup_s": WARMUP, "fitted": "one factor per cell, on the median TPOT without finetuning"},
+        "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }
-    ratios = {name: predicted["coserve"][name] / found["coserve"][name] for name in found["coserve"]}
-    fields = {"factor": factor, "ratio": ratios, "predicted": predicted, "measured": found, "measured_at": measured["commit"]}
-    finish("simulate", args, fields, [[p["finetune_tok_s"] for p in measured["samples"]["coserve"]]])
+    finish("simulate", args, fields, [])
 
 
 if __name__ == "__main__":

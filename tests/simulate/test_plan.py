@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from flexllm.cli.main import run
+from flexllm.compiler.report import report_compiler
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.model.config import ModelConfig
+from flexllm.peft.config import LoraConfig
 from flexllm.scheduler.latency import PlanFeatures
 from flexllm.simulate.capacity import fewest, plan_capacity
 from flexllm.simulate.roofline import DEVICES, example_job, layer_parameters, machine_of, roofline, save_levels
@@ -50,11 +52,20 @@ def test_decoding_is_bound_by_bandwidth_and_prefill_by_compute():
     assert base(decode(16)) < 1.1 * base(decode(8))  # rows below the ridge share the weights' way
 
 
-def test_flops_and_bytes_are_those_of_the_8b_model():
+def test_flops_are_those_of_the_8b_model():
     assert 2 * layer_parameters(MODEL_8B) == pytest.approx(436.2e6, rel=1e-3)  # per row and layer
-    levels = {level.name: level.bytes_per_token for level in save_levels(MODEL_8B)}
-    assert levels["keep"] == pytest.approx(32 * 94_344, rel=0.01)
-    assert levels["inputs"] == pytest.approx(32 * 20_608, rel=0.03)
+
+
+@pytest.mark.parametrize("targets", [("down_proj",), LoraConfig().target_modules])
+def test_save_levels_are_those_of_the_compiler(targets: tuple[str, ...]):
+    compiler = report_compiler(MODEL_8B, LoraConfig(r=16, target_modules=targets), seq_length=8192)
+    found = {level.name: level for level in save_levels(MODEL_8B, context=4096)}
+    for name in ("recompute", "remat 1", "checkpoint"):
+        (real,) = compiler.levels(name)
+        assert found[name].bytes_per_token == pytest.approx(real.level.bytes_per_token, rel=0.03)
+    sizes, costs = zip(*((level.bytes_per_token, level.cost) for level in found.values()), strict=True)
+    assert sorted(sizes, reverse=True) == list(sizes)
+    assert sorted(costs) == list(costs)
 
 
 def test_more_devices_are_faster_but_not_by_their_number():
@@ -91,7 +102,7 @@ def test_the_fewest_is_found(answer: int):
 def test_a_plan_is_enough_and_one_replica_less_is_not():
     config = SchedulerConfig(slo=SLO(2.0, 0.1))
     trace = poisson_arrivals(12, 15, 500, 30, length_cv=0.3)
-    found = plan_capacity(trace, example_job(MODEL_8B, 512), 3000.0, config, machine_of(A100, MODEL_8B, finetune_tokens=4096))
+    found = plan_capacity(trace, example_job(MODEL_8B, [512] * 64), 3000.0, config, machine_of(A100, MODEL_8B, finetune_tokens=4096))
     assert found.inference.attainment(config.slo) >= 0.99 <= found.coserve.attainment(config.slo)
     assert found.coserve.finetune_rate >= 3000.0
     assert 0 <= found.finetuning * found.dedicated_rate - 3000.0 < found.dedicated_rate

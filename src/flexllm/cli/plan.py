@@ -69,7 +69,7 @@ def plan(
     span = min(seconds, max(arrivals[-1].time, 1.0))
     both = machine_of(DEVICES[device], shape, tensor_parallel, config.max_sequences * seq_length)
     alone = machine_of(DEVICES[device], shape, tensor_parallel)
-    job = example_job(shape, seq_length)
+    job = example_job(shape, [seq_length] * 64)
     found = plan_capacity(
         arrivals,
         job,

@@ -8,8 +8,9 @@ from math import ceil
 
 from flexllm.config import SchedulerConfig
 from flexllm.core import FinetuneJob
-from flexllm.simulate.cluster import fleet, simulate_cluster
-from flexllm.simulate.simulator import Machine, SimulationResult, simulate
+from flexllm.simulate.cluster import fleet
+from flexllm.simulate.replica import Machine
+from flexllm.simulate.simulator import SimulationResult, simulate
 from flexllm.simulate.workload import Arrival
 
 DEDICATED_SECONDS = 60.0  # that the speed of finetuning alone is measured over
@@ -58,7 +59,7 @@ def plan_capacity(
 
     def run(split: str, replicas: int) -> SimulationResult:
         on = machine_alone or machine if split == "inference" else machine
-        return simulate_cluster(trace, [job], fleet(split, replicas, aim), on, seconds=seconds, noise=noise, seed=seed)
+        return simulate(trace, [job], fleet(split, replicas, aim), on, seconds=seconds, noise=noise, seed=seed)
 
     def serves(result: SimulationResult) -> bool:
         return result.attainment(config.slo) >= attainment
@@ -67,10 +68,10 @@ def plan_capacity(
         return serves(result) and result.finetune_rate >= finetune_rate
 
     serving, inference = fewest(lambda n: run("inference", n), serves, max_replicas)
-    (alone,) = fleet("separate", 1, config, finetuning=1)
+    alone = fleet("separate", 1, config, finetuning=1)
     dedicated_rate = simulate([], [job], alone, machine, seconds=DEDICATED_SECONDS).finetune_rate
     if finetune_rate > 0 and dedicated_rate == 0:
-        raise ValueError(f"a replica completes no optimizer step in {DEDICATED_SECONDS:.0f} s")
+        raise ValueError(f"a replica takes no sequence through its backward in {DEDICATED_SECONDS:.0f} s")
     finetuning = ceil(finetune_rate / dedicated_rate) if finetune_rate > 0 else 0
     coserving, coserve = fewest(lambda n: run("coserve", n), does_both, max_replicas, start=serving)
     return CapacityPlan(serving, finetuning, dedicated_rate, coserving, inference, coserve)

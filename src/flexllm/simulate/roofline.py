@@ -5,13 +5,14 @@ Nothing here was measured. EFFICIENCY stands for all that a roofline leaves out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.model.config import ModelConfig
 from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel
-from flexllm.simulate.simulator import Machine
+from flexllm.simulate.replica import Machine
 
 BYTES = 2  # of a weight or an activation: bf16
 # What kernels reach of the data sheet. Large dense GEMMs reach 0.6 to 0.8 of the FLOPs and copies 0.85 to 0.9 of the bandwidth; a
@@ -24,6 +25,7 @@ USABLE_MEMORY = 0.9  # the rest is for temporaries
 GROUP_SIZE = 4  # sequences per optimizer step of the job that is planned with
 MAX_FINETUNE_SHARE = 0.3  # of what the weights leave: the most that activations take from K/V pages
 MIN_KV_TOKENS = 4096  # with room for fewer a model does not fit
+MIXES = 4  # save levels from one corner to the next
 MAX_BLOCKS = 1 << 18  # more are never full
 
 
@@ -105,19 +107,30 @@ def roofline(
     return LatencyModel(coefficients, slopes)
 
 
-def save_levels(model: ModelConfig) -> tuple[SaveLevel, ...]:
-    """What LoRA on all linears keeps per training token and layer, in bf16, as the compiler finds it:
+def save_levels(model: ModelConfig, context: int = 512) -> tuple[SaveLevel, ...]:
+    """What LoRA keeps per training token beside K/V pages, in bf16, as the compiler finds it (within 3 %, whichever linears have
+    adapters: frozen weights need no input, and an adapter's own r columns are few). Named and mixed as in compiler/levels.py.
 
-    all that the backward reads but cheap recomputation (x, q, K, V, o, x after attention, gate and up), or without the
-    MLP's inner values and q, which are computed again (an estimate: + 35 % of forward and backward, all of it in the backward).
+    recompute: all that the backward reads but what is rebuilt for nothing (x, q, o, x after attention, gate, up); remat 1: gate and
+    up are computed again; checkpoint: nothing but x is kept, and rows see `context` keys on average when their attention is repeated.
+    Costs are FLOPs over those of the backward's linears, which is what the roofline's backward rows are.
     """
-    d, norms = model.hidden_size, 4 * (model.num_heads + 2)  # log-sum-exp and 1/rms in fp32
-    inputs = (d + model.q_size + 2 * model.kv_size) * BYTES + norms
-    keep = inputs + (d + model.q_size + 2 * model.intermediate_size) * BYTES
+    d, q, mlp = model.hidden_size, model.q_size, 2 * model.hidden_size * model.intermediate_size
+    attention = 2 * d * BYTES + 2 * q * BYTES + 4 * model.num_heads  # log-sum-exp in fp32
+    again = (2 * d * q + mlp + 2 * q * context) / layer_parameters(model)
+    corners = [
+        (attention + 2 * model.intermediate_size * BYTES, 1.0),
+        (attention, 1 + mlp / layer_parameters(model)),
+        (d * BYTES, 1 + again),
+    ]
     accumulators = 2 * 4 * model.kv_size + d * BYTES  # dK and dV in fp32 for the layer in progress, and the gradient on its way down
-    return tuple(
-        SaveLevel(name, model.num_layers * size + accumulators, cost) for name, size, cost in (("keep", keep, 1.0), ("inputs", inputs, 1.7))
-    )
+    mixed: list[tuple[str, float, float]] = [("recompute", *corners[0])]
+    for n, ((size, cost), (less, more)) in enumerate(pairwise(corners)):
+        for part in range(1, MIXES + 1):  # so many of the layers are at the next corner
+            share = part / MIXES
+            mixed.append((f"remat {n + share:g}", size + share * (less - size), cost + share * (more - cost)))
+    mixed[-1] = ("checkpoint", *mixed[-1][1:])
+    return tuple(SaveLevel(name, round(model.num_layers * size + accumulators), cost) for name, size, cost in mixed)
 
 
 def machine_of(device: Device, model: ModelConfig, tensor_parallel: int = 1, finetune_tokens: int = 0, block_size: int = 16) -> Machine:
@@ -132,9 +145,7 @@ def machine_of(device: Device, model: ModelConfig, tensor_parallel: int = 1, fin
     return Machine(roofline(device, model, tensor_parallel), num_blocks, block_size, int(finetune_bytes))
 
 
-def example_job(model: ModelConfig, tokens: int) -> FinetuneJob:
-    """A LoRA job that never ends, of sequences of `tokens` tokens each, all of them labels."""
-    lengths = [tokens] * 64
-    return FinetuneJob(
-        "job", lengths, lengths, GROUP_SIZE, epochs=1 << 30, num_layers=model.num_layers, lowest_layer=0, levels=save_levels(model)
-    )
+def example_job(model: ModelConfig, lengths: Sequence[int]) -> FinetuneJob:
+    """A LoRA job that never ends, of sequences of so many tokens, all of them labels."""
+    levels = save_levels(model, max(lengths) // 2)
+    return FinetuneJob("job", lengths, lengths, GROUP_SIZE, epochs=1 << 30, num_layers=model.num_layers, lowest_layer=0, levels=levels)

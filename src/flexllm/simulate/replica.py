@@ -1,0 +1,163 @@
+"""One replica on a virtual clock: the real scheduler plans, the latency model says how long that takes, tokens are made up.
+
+What is simulated is policy and queueing. What is believed is the latency model: a result is as good as its figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from flexllm.config import SLO, SchedulerConfig
+from flexllm.core import FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
+from flexllm.memory.block_pool import BlockPool
+from flexllm.memory.budget import ByteBudget
+from flexllm.scheduler.latency import LatencyModel, features_of
+from flexllm.scheduler.scheduler import HybridTokenScheduler
+from flexllm.simulate.workload import Arrival
+
+TOKEN = TokenLogprob(1, 0.0)  # every sampled token
+KINDS = ("inference", "mixed", "finetuning", "idle")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a replica runs on: the seconds of its iterations and its memory."""
+
+    latency: LatencyModel
+    num_blocks: int  # K/V pages
+    block_size: int = 16  # tokens per page
+    finetune_bytes: int = 0  # saved activations of training sequences
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What became of a request. Times in seconds; `ttft` counts from its arrival, queueing included."""
+
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    adapter: str | None = None
+    replica: int = 0
+    refused: bool = False  # the queue was full, or it could never fit
+    tokens: int = 0  # sampled so far
+    first: float = math.inf
+    last: float = math.inf
+    max_gap: float = 0.0  # between two tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.tokens == self.output_tokens
+
+    @property
+    def ttft(self) -> float:
+        return self.first - self.arrival
+
+    @property
+    def tpot(self) -> float:
+        """Mean seconds per token after the first; 0 if there is none."""
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    def attains(self, slo: SLO) -> bool:
+        return self.finished and self.ttft <= slo.ttft and self.tpot <= slo.tpot
+
+
+@dataclass
+class Replica:
+    """A scheduler, its memory and its clock. The jobs are copied, so that replicas may be given the same ones.
+
+    `noise` is the standard deviation of the log of (seconds taken / seconds by the model); the scheduler has to learn of it
+    like a real one does, from what it observes.
+    """
+
+    machine: Machine
+    config: SchedulerConfig
+    jobs: Iterable[FinetuneJob] = ()
+    index: int = 0
+    seconds: float = math.inf  # finetuning and time are counted from 0 until then
+    noise: float = 0.0
+    seed: int = 0
+    check: bool = False  # the scheduler's integrity after every iteration: slow
+    now: float = 0.0  # may begin below 0: jobs are then under way when counting begins
+    load: int = 0  # tokens of the requests here, prompts and outputs so far
+    iterations: int = 0
+    finetune_tokens: int = 0  # rows through the whole backward, as the server's flexllm:finetune_tokens_total{phase="backward"}
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))  # seconds by kind of iteration
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(f"{self.seed}:{self.index}")
+        self._live: dict[str, RequestRecord] = {}
+        pool = BlockPool(self.machine.num_blocks, self.machine.block_size)
+        belief = copy.deepcopy(self.machine.latency)
+        self.scheduler = HybridTokenScheduler(self.config, pool, belief, ByteBudget(self.machine.finetune_bytes))
+        if self.config.mode != "inference":
+            for job in self.jobs:
+                self.scheduler.add_job(replace(job, group=[], status=JobStatus.QUEUED))
+
+    @property
+    def serves(self) -> bool:
+        return self.config.mode != "finetune"
+
+    def add(self, number: int, arrival: Arrival) -> RequestRecord:
+        """A request comes; the clock has been brought to its time (an iteration under way may have gone beyond)."""
+        self.now = max(self.now, arrival.time)
+        record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, self.index)
+        sampling = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+        try:
+            self.scheduler.add_request(Request(str(number), [1] * arrival.prompt_tokens, sampling, arrival.time, arrival.adapter))
+        except ValueError:
+            record.refused = True
+        else:
+            self._live[str(number)] = record
+            self.load += arrival.prompt_tokens
+        return record
+
+    def step(self) -> bool:
+        """One iteration; False if the scheduler had nothing to run."""
+        plan = self.scheduler.schedule(self.now)
+        if plan.is_empty:
+            return False
+        start, end = self.now, self.now + self._seconds_of(plan)
+        tokens = {chunk.request.id: TOKEN for chunk in plan.inference if chunk.sample}
+        if 0 < end <= self.seconds:
+            self.finetune_tokens += sum(item.rows for item in plan.backward if item.lowest == item.job.lowest_layer)
+        for output in self.scheduler.update(plan, StepResult(tokens, start=start, end=end)):
+            self._book(output.request_id, end, ended=output.finish_reason is not None)
+        if self.check:
+            self.scheduler.check_integrity()
+        self.busy[_kind(plan)] += max(0.0, min(end, self.seconds) - max(start, 0.0))
+        self.iterations += 1
+        self.now = end
+        return True
+
+    def finish(self) -> None:
+        """Run to the end of the span, and on until the last request is answered."""
+        while (self._live or self.now < self.seconds) and self.step():
+            pass
+        assert not self._live, "the scheduler has requests and plans nothing"
+
+    def _seconds_of(self, plan: StepPlan) -> float:
+        seconds = self.machine.latency.predict(features_of(plan))
+        return seconds * self._rng.lognormvariate(0.0, self.noise) if self.noise else seconds
+
+    def _book(self, request_id: str, now: float, ended: bool) -> None:
+        record = self._live[request_id]
+        if record.tokens == 0:
+            record.first = now
+        else:
+            record.max_gap = max(record.max_gap, now - record.last)
+        record.last = now
+        record.tokens += 1
+        self.load += 1
+        if ended:
+            del self._live[request_id]
+            self.load -= record.prompt_tokens + record.tokens
+
+
+def _kind(plan: StepPlan) -> str:
+    if not plan.inference:
+        return "finetuning"
+    return "mixed" if plan.windows or plan.backward or plan.optimizer_steps else "inference"
