@@ -40,7 +40,7 @@ from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 from workloads import random_prompts
 
 # By default an idle engine trains in slices of half a second: too few iterations a minute to say anything about.
-SCHEDULER = SchedulerConfig(slo=SLO(ttft=5.0, tpot=0.1), idle_slice=0.1)
+SCHEDULER = SchedulerConfig(slo=SLO(ttft=5.0, tpot=0.5), idle_slice=0.1)
 SECONDS = {"learn": 60.0, "held_out": 60.0, "contended": 30.0, "alone": 30.0}
 QUICK_SECONDS = {"learn": 8.0, "held_out": 8.0, "contended": 6.0, "alone": 6.0}
 REPORT_EVERY = 10.0  # seconds

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from operator import add
@@ -101,10 +102,12 @@ def expected_labels(sequence: Sequence, rows: int) -> int:
 class LatencyModel:
     """See the module. Times in seconds; not thread-safe."""
 
-    REFIT_EVERY = 32  # observations
-    MEMORY = 256  # observations that a refit and the error quantiles look at
-    DRIFT_RATE, DRIFT_CLIP = 0.1, 0.3  # of the log of (measured / predicted), per observation
-    OUTLIER = 3.0  # measured / predicted, either way: kept out of refits
+    REFIT_EVERY = 8  # observations
+    HALF_LIFE = 32  # of an observation's weight in a refit, in observations
+    MEMORY = 4 * HALF_LIFE  # observations that a refit looks at
+    RECENT = 5  # the drift follows the median of so many: one odd iteration (a page fault, a checkpoint) moves it nowhere
+    DRIFT_RATE = 0.3  # share of the way to that median, in logarithms, per observation
+    ERRORS = 256  # that the quantiles look at
 
     def __init__(self, coefficients: Mapping[str, float], slopes: Iterable[float]) -> None:
         """`coefficients`: "t0" and the names in LINEAR; `slopes`: seconds per row in each segment of g."""
@@ -114,7 +117,8 @@ class LatencyModel:
         self._drift = 1.0
         self._num_observed = 0
         self._samples: deque[tuple[np.ndarray, float]] = deque(maxlen=self.MEMORY)  # (vector, seconds without drift)
-        self._errors: deque[float] = deque(maxlen=self.MEMORY)  # measured / predicted - 1
+        self._recent: deque[float] = deque(maxlen=self.RECENT)  # log(measured / prediction without drift)
+        self._errors: deque[float] = deque(maxlen=self.ERRORS)  # measured / predicted - 1
         self._unpack()
 
     @classmethod
@@ -161,31 +165,32 @@ class LatencyModel:
             self._theta[1 + last : 1 + SEGMENTS] = self._theta[1 + last]
         self._drift = 1.0
         self._samples.clear()
+        self._recent.clear()
         self._errors.clear()
         self._unpack()
 
     def observe(self, features: PlanFeatures, seconds: float) -> None:
-        """Learn from an iteration that ran. A clear outlier moves the drift a little and nothing else."""
+        """Learn from an iteration that ran. The drift follows within a few iterations what slows all kinds of work alike; refits,
+        which forget, sort out what slows only one."""
         if features.is_empty or seconds <= 0:
             return
         ratio = seconds / self.predict(features)
-        self._num_observed += 1
         self._errors.append(ratio - 1)
-        if 1 / self.OUTLIER < ratio < self.OUTLIER:
-            self._samples.append((self._vector(features), seconds / self._drift))
-        warming_up = self._num_observed <= 1 / self.DRIFT_RATE
-        rate = 1 / (self._num_observed + 1) if warming_up else self.DRIFT_RATE
-        clip = math.inf if warming_up else self.DRIFT_CLIP
-        self._drift *= math.exp(rate * max(-clip, min(clip, math.log(ratio))))
-        if self._num_observed % self.REFIT_EVERY == 0 and self._samples:
+        self._samples.append((self._vector(features), seconds / self._drift))
+        self._recent.append(math.log(ratio * self._drift))
+        self._num_observed += 1
+        rate = max(self.DRIFT_RATE, 1 / self._num_observed)
+        self._drift *= math.exp(rate * (statistics.median(self._recent) - math.log(self._drift)))
+        if self._num_observed % self.REFIT_EVERY == 0:
             self._refit()
 
     def _refit(self) -> None:
         vectors = np.stack([v for v, _ in self._samples])
         seconds = np.array([t for _, t in self._samples])
         residuals = np.abs(vectors @ self._theta / seconds - 1)
-        huber = np.minimum(1.0, 2 * np.median(residuals) / np.maximum(residuals, 1e-9))
-        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber)
+        huber = np.minimum(1.0, 2 * np.median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
+        ages = np.arange(len(seconds))[::-1]
+        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber * 0.5 ** (ages / self.HALF_LIFE))
         self._unpack()
 
     # --------------------------------------------------------------------------------------------------------- storage
