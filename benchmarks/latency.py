@@ -44,7 +44,7 @@ SCHEDULER = SchedulerConfig(slo=SLO(ttft=5.0, tpot=0.5), idle_slice=0.1)
 SECONDS = {"learn": 60.0, "held_out": 60.0, "contended": 30.0, "alone": 30.0}
 QUICK_SECONDS = {"learn": 8.0, "held_out": 8.0, "contended": 6.0, "alone": 6.0}
 REPORT_EVERY = 10.0  # seconds
-NOISE_RUNS = 30
+NOISE_RUNS, QUICK_NOISE_RUNS = 30, 10
 FOLLOWED, WINDOW = 0.10, 10  # followed: when the median error of that many iterations is no more than this
 EXAMPLES = 64  # of each job
 
@@ -99,7 +99,7 @@ def kind_of(features: PlanFeatures) -> str:
     parts = {
         "decode": features.decode_rows > 0,
         "prefill": rows > 0 and features.label_rows < rows,
-        "window": features.label_rows > 0,
+        "window": features.windows > 0,
         "backward": features.backward_rows > 0,
         "step": features.optimizer_steps > 0,
     }
@@ -162,7 +162,7 @@ def busy_core() -> Iterator[None]:
         process.wait()
 
 
-def noise(engine: Engine) -> list[float]:
+def noise(engine: Engine, runs: int) -> list[float]:
     """Relative deviations of identical plans' times from their median: a decode batch and a prefill. Needs an engine that holds no
     request."""
     length = 128
@@ -176,7 +176,7 @@ def noise(engine: Engine) -> list[float]:
     deviations = []
     for plan in (decode, prefill):
         seconds = []
-        for _ in range(NOISE_RUNS):
+        for _ in range(runs):
             start = time.perf_counter()
             with torch.no_grad():
                 engine.execute(plan)
@@ -193,10 +193,10 @@ def iterations_to_follow(samples: list[Sample], bound: float) -> int | None:
     return next((end for end in ends if statistics.median(errors[end - WINDOW : end]) <= bound), None)
 
 
-def measure(engine: Engine, seconds: dict[str, float], seed: int, folder: Path) -> tuple[Recorder, dict[str, list[float]]]:
-    noises = {"noise": noise(engine)}
+def measure(engine: Engine, seconds: dict[str, float], runs: int, seed: int, folder: Path) -> tuple[Recorder, dict[str, list[float]]]:
+    noises = {"noise": noise(engine, runs)}
     with busy_core():
-        noises["noise_contended"] = noise(engine)
+        noises["noise_contended"] = noise(engine, runs)
     recorder = Recorder(engine.latency)
     learn = Load(engine, LEARN, seed, folder)
     recorder.part = "learn"
@@ -222,9 +222,6 @@ def report(recorder: Recorder, noises: dict[str, list[float]]) -> dict[str, Any]
         fields |= {f"{name}_{k}": v for k, v in spread(deviations).items()}
     bound = max(FOLLOWED, fields["error_p95"])
     fields["drift_iterations"] = {part: iterations_to_follow(recorder.of(part), bound) for part in ("contended", "alone")}
-    fields["drift_iterations_to_10_percent"] = {
-        part: iterations_to_follow(recorder.of(part), FOLLOWED) for part in ("contended", "alone")
-    }  # fmt: skip
     fields["by_part"] = {
         part: {"iterations": len(found), **spread([s.error for s in found])} for part in SECONDS if (found := recorder.of(part))
     }
@@ -244,7 +241,8 @@ def main() -> None:
             model=str(resolve_model(args.model)), device="cpu", threads=args.threads, scheduler=SCHEDULER, state_dir=Path(scratch)
         )
         engine = Engine(config, lambda what, share: log(f"{what}: {share:.0%}"))
-        recorder, noises = measure(engine, QUICK_SECONDS if args.quick else SECONDS, args.seed, Path(scratch))
+        seconds, runs = (QUICK_SECONDS, QUICK_NOISE_RUNS) if args.quick else (SECONDS, NOISE_RUNS)
+        recorder, noises = measure(engine, seconds, runs, args.seed, Path(scratch))
         engine.shutdown()
     fields = {**report(recorder, noises), "iterations": len(recorder.of("held_out"))}
     finish("latency", args, fields, {"part_kind_predicted_measured": recorder.samples})

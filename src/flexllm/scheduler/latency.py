@@ -22,6 +22,7 @@ import numpy as np
 
 from flexllm.core import Sequence, StepPlan
 
+VERSION = 2  # of a stored profile
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
 
@@ -38,6 +39,7 @@ class PlanFeatures(NamedTuple):
     prefill_pairs: int = 0  # query-key pairs of prefill and window rows
     sampled_rows: int = 0  # rows whose logits are computed and sampled
     label_rows: int = 0  # window rows that go through the loss
+    windows: int = 0  # each reads the head's weights for its loss
     backward_rows: float = 0  # rows x layers, in rows that recompute nothing
     backward_pairs: int = 0  # query-key pairs x layers
     backward_slices: int = 0
@@ -60,6 +62,7 @@ _DEFAULT = {
     "prefill_pairs": 1e-8,
     "sampled_rows": 3e-4,
     "label_rows": 5e-4,
+    "windows": 2e-3,
     "backward_rows": 5e-5,
     "backward_pairs": 1e-9,
     "backward_slices": 1e-3,
@@ -85,6 +88,7 @@ def features_of(plan: StepPlan) -> PlanFeatures:
         prefill_pairs=prefill_pairs + sum(w.pairs for w in plan.windows),
         sampled_rows=sampled,
         label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
+        windows=len(plan.windows),
         backward_rows=sum(s.cost for s in plan.backward),
         backward_pairs=sum(s.pairs for s in plan.backward),
         backward_slices=len(plan.backward),
@@ -103,7 +107,7 @@ class LatencyModel:
     """See the module. Times in seconds; not thread-safe."""
 
     REFIT_EVERY = 8  # observations
-    HALF_LIFE = 32  # of an observation's weight in a refit, in observations
+    HALF_LIFE = 20  # of an observation's weight in a refit, in observations
     MEMORY = 4 * HALF_LIFE  # observations that a refit looks at
     RECENT = 5  # the drift follows the median of so many: one odd iteration (a page fault, a checkpoint) moves it nowhere
     DRIFT_RATE = 0.3  # share of the way to that median, in logarithms, per observation
@@ -131,8 +135,8 @@ class LatencyModel:
 
     def most_window_rows(self, base: PlanFeatures, start: int, labels: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a window [start, start + n) with labels(n) labels take <= budget."""
-        fixed = self._seconds(base) - self._drift * self._curve(base.rows)
-        per_pair, per_label = self._linear[2], self._linear[4]
+        per_pair, _, per_label, per_window = self._linear[2:6]
+        fixed = self._seconds(base) + self._drift * (per_window - self._curve(base.rows))
 
         def cost(n: int) -> float:
             pairs = n * start + n * (n + 1) // 2
@@ -143,7 +147,7 @@ class LatencyModel:
     def most_backward_rows(self, base: PlanFeatures, weight: float, pairs: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a backward slice of n rows, each costing `weight` of them, with pairs(n) query-key
         pairs take <= budget."""
-        per_row, per_pair, per_slice = self._linear[5:8]
+        per_row, per_pair, per_slice = self._linear[6:9]
         fixed = self._seconds(base) + self._drift * per_slice
         return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
@@ -198,14 +202,14 @@ class LatencyModel:
         """Without the drift: what slows the machine down now may be gone at the next start."""
         theta = self._theta.tolist()
         coefficients = {"t0": theta[0], **dict(zip(LINEAR, theta[1 + SEGMENTS :], strict=True))}
-        Path(path).write_text(json.dumps({"version": 1, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
+        Path(path).write_text(json.dumps({"version": VERSION, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
         """Raises OSError if there is no such file, ValueError if it is not a latency model of this version."""
         try:
             stored = json.loads(Path(path).read_text())
-            if stored["version"] != 1:
+            if stored["version"] != VERSION:
                 raise ValueError(f"version {stored['version']!r}")
             return cls(stored["coefficients"], stored["slopes"])
         except (KeyError, TypeError, ValueError) as error:
@@ -235,10 +239,11 @@ class LatencyModel:
             + c[2] * features.prefill_pairs
             + c[3] * features.sampled_rows
             + c[4] * features.label_rows
-            + c[5] * features.backward_rows
-            + c[6] * features.backward_pairs
-            + c[7] * features.backward_slices
-            + c[8] * features.optimizer_steps
+            + c[5] * features.windows
+            + c[6] * features.backward_rows
+            + c[7] * features.backward_pairs
+            + c[8] * features.backward_slices
+            + c[9] * features.optimizer_steps
         )
 
     def _curve(self, rows: int) -> float:
