@@ -45,7 +45,8 @@ SECONDS = {"learn": 60.0, "held_out": 60.0, "contended": 30.0, "alone": 30.0}
 QUICK_SECONDS = {"learn": 8.0, "held_out": 8.0, "contended": 6.0, "alone": 6.0}
 REPORT_EVERY = 10.0  # seconds
 NOISE_RUNS, QUICK_NOISE_RUNS = 30, 10
-FOLLOWED, WINDOW = 0.10, 10  # followed: when the median error of that many iterations is no more than this
+# A change is followed when the median error of so many iterations is no more than this, or than the held-out part's median.
+FOLLOWED, WINDOW = 0.10, 10
 EXAMPLES = 64  # of each job
 
 
@@ -220,7 +221,7 @@ def report(recorder: Recorder, noises: dict[str, list[float]]) -> dict[str, Any]
     fields: dict[str, Any] = {f"error_{k}": v for k, v in spread([s.error for s in counted]).items()}
     for name, deviations in noises.items():
         fields |= {f"{name}_{k}": v for k, v in spread(deviations).items()}
-    bound = max(FOLLOWED, fields["error_p95"])
+    bound = max(FOLLOWED, fields["error_p50"])
     fields["drift_iterations"] = {part: iterations_to_follow(recorder.of(part), bound) for part in ("contended", "alone")}
     fields["by_part"] = {
         part: {"iterations": len(found), **spread([s.error for s in found])} for part in SECONDS if (found := recorder.of(part))
