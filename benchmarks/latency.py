@@ -41,8 +41,8 @@ from workloads import random_prompts
 
 # By default an idle engine trains in slices of half a second: too few iterations a minute to say anything about.
 SCHEDULER = SchedulerConfig(slo=SLO(ttft=5.0, tpot=0.5), idle_slice=0.1)
-SECONDS = {"learn": 60.0, "held_out": 60.0, "contended": 30.0, "alone": 30.0}
-QUICK_SECONDS = {"learn": 8.0, "held_out": 8.0, "contended": 6.0, "alone": 6.0}
+SECONDS = {"learn": 45.0, "held_out": 50.0, "contended": 25.0, "alone": 25.0}
+QUICK_SECONDS = {"learn": 6.0, "held_out": 8.0, "contended": 5.0, "alone": 5.0}
 REPORT_EVERY = 10.0  # seconds
 NOISE_RUNS, QUICK_NOISE_RUNS = 30, 10
 # A change is followed when the median error of so many iterations is no more than this, or than the held-out part's median.
@@ -62,7 +62,7 @@ class Mix:
 
 
 LEARN = Mix(prompt=(8, 384), output=(4, 48), burst=(0, 8), gap=(40, 40), jobs=((256, 256, 1),))
-HELD_OUT = Mix(prompt=(16, 512), output=(8, 96), burst=(1, 6), gap=(10, 60), jobs=((48, 512, 4), (300, 1000, 2)))
+HELD_OUT = Mix(prompt=(16, 512), output=(8, 96), burst=(1, 6), gap=(10, 60), jobs=((48, 256, 2), (200, 512, 1)))
 
 
 class Sample(NamedTuple):
