@@ -18,6 +18,7 @@ from flexllm.core import FinishReason, JobStatus, Request, SamplingParams
 from flexllm.engine import Engine, OverloadedError
 from flexllm.peft.config import LoraConfig
 from flexllm.peft.pool import PoolFullError
+from flexllm.scheduler.latency import VERSION
 from tests.oracle.engines import SCHEDULER, Run, assert_idle, job_spec, open_engine, random_adapter, random_texts
 from tests.oracle.harness import VOCAB, random_hf_model
 
@@ -359,7 +360,7 @@ def test_profile_is_taken_once(folder: Path, tmp_path: Path, monkeypatch: pytest
         assert Engine(config).latency.coefficients() == pytest.approx(_stored(first))
     profile.write_text("{")
     assert_goes_on(Engine(config))
-    assert json.loads(profile.read_text())["version"] == 1, "a damaged profile is measured again"
+    assert json.loads(profile.read_text())["version"] == VERSION, "a damaged profile is measured again"
 
 
 def _stored(engine: Engine) -> dict[str, float]:

@@ -54,7 +54,7 @@ def iterations(n: int, layers: int) -> dict[str, PlanFeatures]:
     return {
         "decode": PlanFeatures(rows=n, decode_rows=n, decode_context=n * CONTEXT, sampled_rows=n),
         "prefill": PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1),
-        "window": PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n),
+        "window": PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n, windows=1),
         "backward": PlanFeatures(backward_rows=n * layers, backward_pairs=pairs * layers, backward_slices=layers),
     }
 

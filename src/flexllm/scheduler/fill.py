@@ -221,7 +221,7 @@ class SlackFill:
 
 def _features_of(window: TokenWindow) -> PlanFeatures:
     labels = expected_labels(window.sequence, window.rows)
-    return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels)
+    return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels, windows=1)
 
 
 def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]:

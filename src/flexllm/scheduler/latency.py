@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from operator import add
@@ -21,6 +22,7 @@ import numpy as np
 
 from flexllm.core import Sequence, StepPlan
 
+VERSION = 2  # of a stored profile
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
 
@@ -37,6 +39,7 @@ class PlanFeatures(NamedTuple):
     prefill_pairs: int = 0  # query-key pairs of prefill and window rows
     sampled_rows: int = 0  # rows whose logits are computed and sampled
     label_rows: int = 0  # window rows that go through the loss
+    windows: int = 0  # each reads the head's weights for its loss
     backward_rows: float = 0  # rows x layers, in rows that recompute nothing
     backward_pairs: int = 0  # query-key pairs x layers
     backward_slices: int = 0
@@ -59,6 +62,7 @@ _DEFAULT = {
     "prefill_pairs": 1e-8,
     "sampled_rows": 3e-4,
     "label_rows": 5e-4,
+    "windows": 2e-3,
     "backward_rows": 5e-5,
     "backward_pairs": 1e-9,
     "backward_slices": 1e-3,
@@ -84,6 +88,7 @@ def features_of(plan: StepPlan) -> PlanFeatures:
         prefill_pairs=prefill_pairs + sum(w.pairs for w in plan.windows),
         sampled_rows=sampled,
         label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
+        windows=len(plan.windows),
         backward_rows=sum(s.cost for s in plan.backward),
         backward_pairs=sum(s.pairs for s in plan.backward),
         backward_slices=len(plan.backward),
@@ -101,10 +106,12 @@ def expected_labels(sequence: Sequence, rows: int) -> int:
 class LatencyModel:
     """See the module. Times in seconds; not thread-safe."""
 
-    REFIT_EVERY = 32  # observations
-    MEMORY = 256  # observations that a refit and the error quantiles look at
-    DRIFT_RATE, DRIFT_CLIP = 0.1, 0.3  # of the log of (measured / predicted), per observation
-    OUTLIER = 3.0  # measured / predicted, either way: kept out of refits
+    REFIT_EVERY = 8  # observations
+    HALF_LIFE = 20  # of an observation's weight in a refit, in observations
+    MEMORY = 4 * HALF_LIFE  # observations that a refit looks at
+    RECENT = 5  # the drift follows the median of so many: one odd iteration (a page fault, a checkpoint) moves it nowhere
+    DRIFT_RATE = 0.3  # share of the way to that median, in logarithms, per observation
+    ERRORS = 64  # that the quantiles look at
 
     def __init__(self, coefficients: Mapping[str, float], slopes: Iterable[float]) -> None:
         """`coefficients`: "t0" and the names in LINEAR; `slopes`: seconds per row in each segment of g."""
@@ -114,7 +121,8 @@ class LatencyModel:
         self._drift = 1.0
         self._num_observed = 0
         self._samples: deque[tuple[np.ndarray, float]] = deque(maxlen=self.MEMORY)  # (vector, seconds without drift)
-        self._errors: deque[float] = deque(maxlen=self.MEMORY)  # measured / predicted - 1
+        self._recent: deque[float] = deque(maxlen=self.RECENT)  # log(measured / prediction without drift)
+        self._errors: deque[float] = deque(maxlen=self.ERRORS)  # measured / predicted - 1
         self._unpack()
 
     @classmethod
@@ -127,8 +135,8 @@ class LatencyModel:
 
     def most_window_rows(self, base: PlanFeatures, start: int, labels: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a window [start, start + n) with labels(n) labels take <= budget."""
-        fixed = self._seconds(base) - self._drift * self._curve(base.rows)
-        per_pair, per_label = self._linear[2], self._linear[4]
+        per_pair, _, per_label, per_window = self._linear[2:6]
+        fixed = self._seconds(base) + self._drift * (per_window - self._curve(base.rows))
 
         def cost(n: int) -> float:
             pairs = n * start + n * (n + 1) // 2
@@ -139,7 +147,7 @@ class LatencyModel:
     def most_backward_rows(self, base: PlanFeatures, weight: float, pairs: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a backward slice of n rows, each costing `weight` of them, with pairs(n) query-key
         pairs take <= budget."""
-        per_row, per_pair, per_slice = self._linear[5:8]
+        per_row, per_pair, per_slice = self._linear[6:9]
         fixed = self._seconds(base) + self._drift * per_slice
         return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
@@ -161,31 +169,32 @@ class LatencyModel:
             self._theta[1 + last : 1 + SEGMENTS] = self._theta[1 + last]
         self._drift = 1.0
         self._samples.clear()
+        self._recent.clear()
         self._errors.clear()
         self._unpack()
 
     def observe(self, features: PlanFeatures, seconds: float) -> None:
-        """Learn from an iteration that ran. A clear outlier moves the drift a little and nothing else."""
+        """Learn from an iteration that ran. The drift follows within a few iterations what slows all kinds of work alike; refits,
+        which forget, sort out what slows only one."""
         if features.is_empty or seconds <= 0:
             return
         ratio = seconds / self.predict(features)
-        self._num_observed += 1
         self._errors.append(ratio - 1)
-        if 1 / self.OUTLIER < ratio < self.OUTLIER:
-            self._samples.append((self._vector(features), seconds / self._drift))
-        warming_up = self._num_observed <= 1 / self.DRIFT_RATE
-        rate = 1 / (self._num_observed + 1) if warming_up else self.DRIFT_RATE
-        clip = math.inf if warming_up else self.DRIFT_CLIP
-        self._drift *= math.exp(rate * max(-clip, min(clip, math.log(ratio))))
-        if self._num_observed % self.REFIT_EVERY == 0 and self._samples:
+        self._samples.append((self._vector(features), seconds / self._drift))
+        self._recent.append(math.log(ratio * self._drift))
+        self._num_observed += 1
+        rate = max(self.DRIFT_RATE, 1 / self._num_observed)
+        self._drift *= math.exp(rate * (statistics.median(self._recent) - math.log(self._drift)))
+        if self._num_observed % self.REFIT_EVERY == 0:
             self._refit()
 
     def _refit(self) -> None:
         vectors = np.stack([v for v, _ in self._samples])
         seconds = np.array([t for _, t in self._samples])
         residuals = np.abs(vectors @ self._theta / seconds - 1)
-        huber = np.minimum(1.0, 2 * np.median(residuals) / np.maximum(residuals, 1e-9))
-        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber)
+        huber = np.minimum(1.0, 2 * np.median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
+        ages = np.arange(len(seconds))[::-1]
+        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber * 0.5 ** (ages / self.HALF_LIFE))
         self._unpack()
 
     # --------------------------------------------------------------------------------------------------------- storage
@@ -193,14 +202,14 @@ class LatencyModel:
         """Without the drift: what slows the machine down now may be gone at the next start."""
         theta = self._theta.tolist()
         coefficients = {"t0": theta[0], **dict(zip(LINEAR, theta[1 + SEGMENTS :], strict=True))}
-        Path(path).write_text(json.dumps({"version": 1, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
+        Path(path).write_text(json.dumps({"version": VERSION, "coefficients": coefficients, "slopes": theta[1 : 1 + SEGMENTS]}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
         """Raises OSError if there is no such file, ValueError if it is not a latency model of this version."""
         try:
             stored = json.loads(Path(path).read_text())
-            if stored["version"] != 1:
+            if stored["version"] != VERSION:
                 raise ValueError(f"version {stored['version']!r}")
             return cls(stored["coefficients"], stored["slopes"])
         except (KeyError, TypeError, ValueError) as error:
@@ -230,10 +239,11 @@ class LatencyModel:
             + c[2] * features.prefill_pairs
             + c[3] * features.sampled_rows
             + c[4] * features.label_rows
-            + c[5] * features.backward_rows
-            + c[6] * features.backward_pairs
-            + c[7] * features.backward_slices
-            + c[8] * features.optimizer_steps
+            + c[5] * features.windows
+            + c[6] * features.backward_rows
+            + c[7] * features.backward_pairs
+            + c[8] * features.backward_slices
+            + c[9] * features.optimizer_steps
         )
 
     def _curve(self, rows: int) -> float:

@@ -12,7 +12,7 @@ from flexllm.scheduler.jobs import JobTable
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
 
-MARGIN_QUANTILE = 0.99  # of the prediction error
+MARGIN_QUANTILE = 0.95  # of recent prediction errors: the mean of a request's iterations is what its TPOT is
 MAX_MARGIN = 1.0
 MARGIN_EVERY = 16  # updates between two looks at the errors
 
@@ -174,7 +174,7 @@ class HybridTokenScheduler:
     def _turn_seconds(self) -> float:
         """A finetuning turn lasts about as long as a full window."""
         rows = self.config.max_window_rows
-        return self.latency.predict(PlanFeatures(rows=rows, prefill_pairs=rows * rows // 2, label_rows=rows))
+        return self.latency.predict(PlanFeatures(rows=rows, prefill_pairs=rows * rows // 2, label_rows=rows, windows=1))
 
     def _is_finetuning_turn(self, now: float) -> bool:
         """Time slicing takes turns: after so many inference iterations or, when that is 0, whenever no deadline would be missed by it."""
