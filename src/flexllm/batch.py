@@ -5,9 +5,10 @@ Legend: N rows, D decoding requests, C longest decode context, S sampled rows, h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -58,6 +59,7 @@ class FusedBatch:
     prompt_logprob_chunks: tuple[tuple[int, InferenceChunk], ...]  # (first row, chunk) of requests that ask for them
     adapters: BoundAdapters
     tables: Mapping[str, Any]  # cos, sin [N, hd], and those of the adapters
+    without_windows: Callable[[], FusedBatch]  # the rows of requests alone, which are the first ones
 
     @property
     def num_rows(self) -> int:
@@ -68,6 +70,7 @@ class FusedBatch:
         plan: StepPlan, cache: KVCache, pool: AdapterPool, rope: tuple[Tensor, Tensor], states: Mapping[Sequence, SequenceState]
     ) -> FusedBatch:
         """`rope`: cos and sin of every position [max_len, hd]. `states`: the trainer's side of each sequence in the plan."""
+        alone = partial(FusedBatch.build, replace(plan, windows=()), cache, pool, rope, states)
         rows = _Rows(cache)
         decode = list(takewhile(lambda c: c.is_decode, plan.inference))
         for chunk in plan.inference:
@@ -106,6 +109,7 @@ class FusedBatch:
             prompt_logprob_chunks=tuple(logprobs),
             adapters=adapters,
             tables={"cos": rope[0][positions], "sin": rope[1][positions], **adapters.tables},
+            without_windows=alone,
         )
 
 

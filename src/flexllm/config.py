@@ -92,23 +92,18 @@ class SchedulerConfig:
     max_waiting: int = 4096  # beyond it, new requests are refused (429)
     max_window_rows: int = 512  # finetuning forward rows per iteration
     max_sequences: int = 8  # training sequences in flight, all jobs
-    idle_slice: float | None = None  # seconds of finetuning that a newcomer may have to wait behind; None: a tenth of the TTFT objective
+    idle_slice: float = 0.5  # seconds of finetuning in an iteration; a request that comes meanwhile interrupts it at the next layer
     temporal_inference_steps: int = 64  # mode `temporal`: inference iterations between two finetuning ones; 0: dynamic
 
     def __post_init__(self) -> None:
         require(self.mode in MODES, "mode", f"one of {', '.join(MODES)}", self.mode)
         for name in ("max_batch_tokens", "max_running", "max_waiting", "max_window_rows", "max_sequences"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.idle_slice is None or self.idle_slice > 0, "idle_slice", "positive", self.idle_slice)
+        require(self.idle_slice > 0, "idle_slice", "positive", self.idle_slice)
         require(self.temporal_inference_steps >= 0, "temporal_inference_steps", "0 or more", self.temporal_inference_steps)
 
     def slo_of(self, request_class: str) -> SLO:
         return self.class_slos.get(request_class, self.slo)
-
-    @property
-    def newcomer_wait(self) -> float:
-        """`idle_slice`, or its default: seconds."""
-        return self.idle_slice if self.idle_slice is not None else 0.1 * min(s.ttft for s in (self.slo, *self.class_slos.values()))
 
 
 @dataclass(frozen=True)

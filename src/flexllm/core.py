@@ -327,6 +327,11 @@ def _pairs(start: int, end: int) -> int:
     return s * start + s * (s + 1) // 2
 
 
+def never() -> bool:
+    """Nobody interrupts."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything one iteration does, in the order of the flat token axis: decode rows, prefill rows, window rows.
@@ -342,6 +347,8 @@ class StepPlan:
     restarted: tuple[FinetuneJob, ...] = ()  # groups rewound after backward had begun; the trainer zeroes their gradients
     slack: float = math.inf  # seconds until the earliest deadline at planning time, margin taken off
     predicted: float = 0.0  # seconds, by the latency model
+
+    interrupted: bool = False  # a request came: this is what was done of a longer plan
 
     @property
     def is_empty(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexllm.batch import FusedBatch
 from flexllm.config import EngineConfig, JobSpec
-from flexllm.core import FinetuneJob, JobEvent, JobStatus, Request, StepPlan, StepResult, TokenLogprob, TokenOutput
+from flexllm.core import FinetuneJob, JobEvent, JobStatus, Request, StepPlan, StepResult, TokenLogprob, TokenOutput, WindowLoss, never
 from flexllm.finetune.job import TrainingJob
 from flexllm.finetune.trainer import Trainer
 from flexllm.memory.block_pool import BlockPool
@@ -82,11 +82,14 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------------- the loop
     @torch.no_grad()
-    def step(self) -> StepResult:
-        """One iteration: some rows of some requests, some rows of some training sequences, one pass."""
+    def step(self, interrupted: Callable[[], bool] = never) -> StepResult:
+        """One iteration: some rows of some requests, some rows of some training sequences, one pass.
+
+        `interrupted` says that somebody came: finetuning then gives way at the next layer, and does it again another time.
+        """
         start = self.clock()
         plan = self.scheduler.schedule(start)
-        tokens, losses = self.execute(plan)
+        plan, tokens, losses = self.execute(plan, interrupted)
         result = StepResult(tokens, losses, start, self.clock())
         self.last_step = plan, result
         outputs = self._finish_requests(self.scheduler.update(plan, result))
@@ -95,19 +98,25 @@ class Engine:
             self.trace.iteration(plan, result, self.scheduler.num_running, self.scheduler.num_waiting)
         return result
 
-    def execute(self, plan: StepPlan) -> tuple[dict[str, TokenLogprob], tuple[Any, ...]]:
-        """Carry out a plan: tokens by request id, and the windows' losses."""
+    def execute(
+        self, plan: StepPlan, interrupted: Callable[[], bool] = never
+    ) -> tuple[StepPlan, dict[str, TokenLogprob], tuple[WindowLoss, ...]]:
+        """Carry out a plan: what of it was done, tokens by request id, and the windows' losses."""
         self.trainer.begin(plan)
         tokens: dict[str, TokenLogprob] = {}
-        losses: tuple[Any, ...] = ()
+        losses: tuple[WindowLoss, ...] | None = ()
         if plan.inference or plan.windows:
             batch = FusedBatch.build(plan, self.cache, self.adapter_pool, self.model.rope, self.trainer.states)
-            hidden = self.model.forward(batch, self.cache)
+            hidden = self.model.forward(batch, self.cache, interrupted)
             tokens = self._sample(hidden, batch)
-            losses = self.trainer.finish_forward(hidden, batch)
-        self.trainer.run_backward(plan)
+            losses = self.trainer.finish_forward(hidden, batch, interrupted)
+        if losses is None:
+            return replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens, ()
+        done = self.trainer.run_backward(plan, interrupted)
+        if done < len(plan.backward):
+            return replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses
         self.trainer.step_optimizers(plan.optimizer_steps, self.clock())
-        return tokens, losses
+        return plan, tokens, losses
 
     @property
     def has_work(self) -> bool:

@@ -187,6 +187,26 @@ def test_job_does_not_notice_requests(exact: World) -> None:
     assert_idle(run.engine)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_interruptions_change_nothing(seed: int, exact: World) -> None:
+    """Finetuning that gives way at any layer of the forward, within the head or between backward slices is done again, once."""
+    alone, alone_spec = exact.alone()
+    requests = exact.requests(n=20, span=150)
+    answers = Run(exact.engine(seed=3))
+    answers.serve(exact.requests(n=20, span=150))
+    rng = random.Random(seed)
+    run, spec = Run(exact.engine(seed=3), interrupted=lambda: rng.random() < 0.1), exact.spec()
+    run.engine.add_job(spec)
+    run.serve(requests)
+    cut = [p for p in run.plans if p.interrupted]
+    assert any(not p.windows and not p.backward for p in cut), "in the forward"
+    assert any(p.windows or p.backward for p in cut), "in the backward"
+    assert_same_training(run, spec, alone, alone_spec)
+    run_answers = {r.id: run.tokens[r.id] for _, r in requests}
+    assert run_answers == {r.id: answers.tokens[r.id] for _, r in requests}
+    assert_idle(run.engine)
+
+
 def test_job_survives_page_pressure(exact: World) -> None:
     """Requests take the job's pages again and again, in the forward and in mid-backward: sequences start over, whole groups
     too, and nothing is counted twice."""

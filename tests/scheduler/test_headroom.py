@@ -1,34 +1,10 @@
 """What finetuning leaves unused for requests that are not here yet."""
 
-import math
-
 import pytest
 
 from flexllm.config import SLO
-from flexllm.scheduler.headroom import FORGOTTEN, LEAST_WAIT_SHARE, WAIT_SHARE, FirstTokens, PromptBursts, newcomer_wait
+from flexllm.scheduler.headroom import PromptBursts
 from tests.scheduler.fake import FakeEngine, make_job, make_request
-
-
-def test_the_spare_time_is_that_of_the_latest_few():
-    first_tokens = FirstTokens()
-    assert first_tokens.spare(0.0) == math.inf
-    for i in range(40):
-        first_tokens.add(now=float(i), spare=float(i))
-    assert first_tokens.spare(40.0) == 2.0  # one in twenty was later
-
-
-def test_first_tokens_of_long_ago_are_forgotten():
-    first_tokens = FirstTokens()
-    first_tokens.add(now=0.0, spare=-1.0)
-    first_tokens.add(now=FORGOTTEN / 2, spare=3.0)
-    assert first_tokens.spare(FORGOTTEN / 2) == -1.0
-    assert first_tokens.spare(FORGOTTEN + 1) == 3.0
-    assert first_tokens.spare(2 * FORGOTTEN) == math.inf
-
-
-@pytest.mark.parametrize(("spare", "wait"), [(math.inf, 1.0), (100.0, 1.0), (2.0, 2 * WAIT_SHARE), (-5.0, LEAST_WAIT_SHARE)])
-def test_a_newcomer_waits_less_where_first_tokens_are_close_to_late(spare: float, wait: float):
-    assert newcomer_wait(1.0, spare) == pytest.approx(wait)
 
 
 def test_the_reserve_is_what_bursts_of_prompts_take_beyond_the_pace():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexllm.batch import FusedBatch
-from flexllm.core import FinetuneJob, JobEvent, JobStatus, Sequence, StepPlan, TokenWindow, WindowLoss
+from flexllm.core import FinetuneJob, JobEvent, JobStatus, Sequence, StepPlan, TokenWindow, WindowLoss, never
 from flexllm.finetune.backward import run_slice
 from flexllm.finetune.checkpoint import BackgroundWriter
 from flexllm.finetune.job import LossSums, TrainingJob
@@ -58,9 +58,11 @@ class Trainer:
         program = job.program(sequence.level) if sequence.train else None
         return SequenceState(sequence, ids, targets, job.slot, program, store, job.dropout_seed(sequence))
 
-    def finish_forward(self, hidden: Tensor, batch: FusedBatch) -> tuple[WindowLoss, ...]:
-        """hidden [N, d]; see finetune/window.py."""
-        losses = finish_forward(self.model, hidden, batch)
+    def finish_forward(self, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool] = never) -> tuple[WindowLoss, ...] | None:
+        """hidden [N, d]; see finetune/window.py. None: the windows did not come to their end, and will go forward again."""
+        losses = finish_forward(self.model, hidden, batch, interrupted)
+        if losses is None:
+            return None
         for loss in losses:
             self._sums[loss.sequence].add(loss.loss_sum, loss.labels, loss.correct)
         for rows in batch.windows:
@@ -71,11 +73,15 @@ class Trainer:
                 self._finish_validation(sequence)
         return losses
 
-    def run_backward(self, plan: StepPlan) -> None:
-        for work in plan.backward:
+    def run_backward(self, plan: StepPlan, interrupted: Callable[[], bool] = never) -> int:
+        """Slices until `interrupted`; returns how many were run."""
+        for done, work in enumerate(plan.backward):
+            if interrupted():
+                return done
             training = self.jobs[work.job.id]
             run_slice(self.model, self.cache, self.pool, work, self.states, training.ledger)
             training.phase_tokens["backward"] += work.rows * work.num_layers / (work.job.num_layers - work.job.lowest_layer)
+        return len(plan.backward)
 
     def step_optimizers(self, jobs: tuple[FinetuneJob, ...], now: float) -> None:
         for job in jobs:

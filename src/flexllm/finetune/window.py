@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,39 +12,39 @@ from flexllm.core import WindowLoss
 from flexllm.model.decoder import Decoder
 
 IGNORED = -100
+HEAD_ROWS = 128  # a request need not wait for more of them to go through the head
 
 
-def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch) -> tuple[WindowLoss, ...]:
+def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool]) -> tuple[WindowLoss, ...] | None:
     """Loss of every window from `hidden` [N, d] (before the final norm); for training sequences also d(loss)/d(hidden), into
     their `grad`. Nothing of the head is kept (algorithms.md 4.4).
 
-    The gradient is that of the *summed* loss; the optimizer step divides by the group's number of labels.
+    The gradient is that of the *summed* loss; the optimizer step divides by the group's number of labels. None if the forward, or
+    this, was `interrupted` before all of it was done.
     """
-    by_kind: dict[bool, list[WindowRows]] = defaultdict(list)
-    for rows in batch.windows:
-        by_kind[rows.state.program is not None].append(rows)
-    losses = [loss for train, windows in by_kind.items() for loss in _losses(model, hidden, windows, train)]
-    return tuple(losses)
+    if len(hidden) < batch.num_rows:
+        return None
+    losses = [_loss(model, hidden[rows.span], rows, interrupted) for rows in batch.windows]
+    return None if None in losses else tuple(loss for loss in losses if loss is not None)
 
 
-def _losses(model: Decoder, hidden: Tensor, windows: list[WindowRows], train: bool) -> list[WindowLoss]:
-    out = []
-    eps = model.config.rms_eps
-    for rows in windows:
-        window, state = rows.window, rows.state
-        x = hidden[rows.span]
-        labels = state.labels[window.start : window.end]
-        valid = (labels != IGNORED).nonzero()[:, 0]
-        if train and state.grad is None:
-            state.grad = torch.zeros(window.sequence.length, x.shape[1], dtype=x.dtype, device=x.device)
-        if len(valid) == 0:
-            out.append(WindowLoss(window.sequence, 0.0, 0, 0))
-            continue
-        xv = x if len(valid) == len(labels) else x[valid]
+def _loss(model: Decoder, x: Tensor, rows: WindowRows, interrupted: Callable[[], bool]) -> WindowLoss | None:
+    """Of the window rows x [n, d], HEAD_ROWS at a time; None when interrupted."""
+    window, state, eps = rows.window, rows.state, model.config.rms_eps
+    train = state.program is not None
+    labels = state.labels[window.start : window.end]
+    if train and state.grad is None:
+        state.grad = torch.zeros(window.sequence.length, x.shape[1], dtype=x.dtype, device=x.device)
+    total, correct = 0.0, 0
+    valid = (labels != IGNORED).nonzero()[:, 0]
+    for part in valid.split(HEAD_ROWS):
+        if interrupted():
+            return None
+        xv = x[part]
         h = model.kernels.rms_norm(xv, model.final_norm, eps)
-        loss, correct, dh = model.kernels.cross_entropy_head(h, model.head, labels[valid], 1.0, backward=train)
+        loss, hits, dh = model.kernels.cross_entropy_head(h, model.head, labels[part], 1.0, backward=train)
+        total, correct = total + loss, correct + hits
         if dh is not None:
             assert state.grad is not None
-            state.grad[window.start + valid] = model.kernels.rms_norm_dx(dh, xv, model.final_norm, eps)
-        out.append(WindowLoss(window.sequence, loss, len(valid), correct))
-    return out
+            state.grad[window.start + part] = model.kernels.rms_norm_dx(dh, xv, model.final_norm, eps)
+    return WindowLoss(window.sequence, total, len(valid), correct)

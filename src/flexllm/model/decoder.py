@@ -12,6 +12,7 @@ from flexllm.batch import FusedBatch
 from flexllm.compiler.levels import JobCompiler
 from flexllm.compiler.program import ForwardPrograms
 from flexllm.compiler.remat import DeviceCosts
+from flexllm.core import never
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig, rope_frequencies
 from flexllm.model.layer import site_shapes
@@ -118,12 +119,22 @@ class Decoder:
         head = 0 if self.head.weight is self.embed else self.head.weight.nbytes
         return self.embed.nbytes + head + sum(w.weight.nbytes for w in linears)
 
-    def forward(self, batch: FusedBatch, cache: KVCache) -> Tensor:
-        """Hidden states [N, d] before the final norm; K and V of every row go to the pages, saved values to their stores."""
+    def forward(self, batch: FusedBatch, cache: KVCache, interrupted: Callable[[], bool] = never) -> Tensor:
+        """Hidden states [N, d] before the final norm; K and V of every row go to the pages, saved values to their stores.
+
+        Once `interrupted`, the window rows end at the next layer: what is returned are the rows before them.
+        """
         x = self.embedded(batch.token_ids)
         context = LayerContext(batch, cache, self.kernels, self.attention_scale)
         bindings, parameters = batch.adapters.bindings, batch.adapters.parameters
         for index, layer in enumerate(self.layers):
+            if batch.windows and interrupted():
+                x = x[: batch.windows[0].row]
+                if not len(x):
+                    break
+                batch = batch.without_windows()
+                context = LayerContext(batch, cache, self.kernels, self.attention_scale)
+                bindings, parameters = batch.adapters.bindings, batch.adapters.parameters
             context.layer = index
             saves = frozenset().union(*(w.state.prepare(index) for w in batch.windows)) if batch.windows else frozenset()
             run = self.programs.get(bindings, index == 0, saves)

@@ -14,7 +14,6 @@ from itertools import islice
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
-from flexllm.scheduler.headroom import FirstTokens
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
 SCAN_DEPTH = 8  # waiting requests of a class that are looked at for their deadlines
@@ -34,7 +33,6 @@ class PriorityClass:
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # hold the pages of all their tokens
         self.num_decoding = 0
-        self.first_tokens = FirstTokens()
 
 
 class RequestQueues:
@@ -180,10 +178,6 @@ class RequestQueues:
         """Seconds per token of the most demanding running request; inf when none runs."""
         return min((q.slo.tpot for q in self._classes.values() if q.num_decoding), default=math.inf)
 
-    def spare(self, now: float) -> float:
-        """Seconds that first tokens lately had to spare, in the class that has least; inf when none came lately."""
-        return min((queue.first_tokens.spare(now) for queue in self._classes.values()), default=math.inf)
-
     @property
     def is_full(self) -> bool:
         """A request waits until others end: whatever slows these down makes it late."""
@@ -205,8 +199,6 @@ class RequestQueues:
             request.last_token_time = result.end
             if request.first_token_time is None:
                 request.first_token_time = result.end
-                queue = self._class_of(request)
-                queue.first_tokens.add(result.end, request.arrival + queue.slo.ttft - result.end)
             if request.id in self._decoding:
                 self._decode_context += 1
             else:

@@ -7,7 +7,7 @@ from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, Request, Seq
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
-from flexllm.scheduler.headroom import PromptBursts, newcomer_wait
+from flexllm.scheduler.headroom import PromptBursts
 from flexllm.scheduler.jobs import JobTable
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
@@ -23,8 +23,8 @@ class HybridTokenScheduler:
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
     Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. Some of it is kept
-    for requests that are not here yet (headroom.py): running ones stay ahead by what prompts lately put them back, an
-    iteration grows by no more finetuning than a newcomer can afford to wait, and there is none while the batch is full.
+    for requests that are not here yet (headroom.py): running ones stay ahead by what prompts lately put them back. There is
+    none while the batch is full. Whoever carries out the plan may drop the rest of its finetuning when a request comes.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel, finetune_budget: ByteBudget) -> None:
@@ -93,23 +93,24 @@ class HybridTokenScheduler:
         """What the next iteration does."""
         self._jobs.drop_paused()
         if self._is_finetuning_turn(now):
-            seconds = self._turn_seconds()
-            plan = self._compose((), PlanFeatures(), seconds, seconds, finetuning=True)
+            plan = self._compose((), PlanFeatures(), self._turn_seconds(), finetuning=True)
             if not plan.is_empty:
                 self._inference_streak = 0
                 return plan
         self._inference_streak += 1
         inference, features = self._plan_inference(now)
         self._watch_prompts(features)
-        slack, wait = self._slack(now, inference), self._newcomer_wait(now)
+        slack = self._slack(now, inference)
         finetuning = self.config.mode == "finetune" or (self.config.mode == "coserve" and not self._requests.is_full)
-        return self._compose(inference, features, slack, wait, finetuning)
+        return self._compose(inference, features, slack, finetuning)
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[TokenOutput, ...]:
-        """Book what an iteration did; returns the tokens it sampled. What was removed since it was planned is passed over."""
+        """Book what an iteration did, `plan` being what of its plan was done; returns the tokens it sampled. What was removed since it was
+        planned is passed over."""
         outputs = self._requests.advance(plan.inference, result)
         self._jobs.advance(plan)
-        self.latency.observe(features_of(plan), result.seconds)
+        if not plan.interrupted:
+            self.latency.observe(features_of(plan), result.seconds)
         self._num_updates += 1
         if self._num_updates % MARGIN_EVERY == 0:
             self._margin = min(MAX_MARGIN, max(0.0, self.latency.error_quantile(MARGIN_QUANTILE)))
@@ -135,11 +136,8 @@ class HybridTokenScheduler:
     def _slack(self, now: float, inference: tuple[InferenceChunk, ...]) -> float:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
-            return self._newcomer_wait(now)
+            return self.config.idle_slice
         return self._requests.slack(now, inference, self._bursts.reserve) / (1 + self._margin)
-
-    def _newcomer_wait(self, now: float) -> float:
-        return newcomer_wait(self.config.newcomer_wait, self._requests.spare(now))
 
     def _watch_prompts(self, features: PlanFeatures) -> None:
         """Learn how far prompts put the running requests back."""
@@ -148,11 +146,9 @@ class HybridTokenScheduler:
         else:
             self._bursts.end()
 
-    def _compose(
-        self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, wait: float, finetuning: bool
-    ) -> StepPlan:
-        """The plan of these inference rows and, when it is its time, of at most `wait` seconds of finetuning within the slack."""
-        ceiling = self.latency.predict(features) + wait if inference else slack
+    def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
+        """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
+        ceiling = self.latency.predict(features) + self.config.idle_slice if inference else slack
         budget = min(slack, ceiling)
         fill = SlackFill(self._jobs, self.latency, features, budget, ceiling, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
