@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from flexllm.cli.draw_trace import COLOURS, LATE, QUIET
-from report_plots import BLACK, BLUE, BOUND, GREEN, SKY, STYLES, Result, figure_of, legend_above, plain_log, png, title
+from report_plots import BLACK, BLUE, BOUND, GREEN, PINK, SKY, STYLES, Result, figure_of, legend_above, plain_log, png, title
 
 IN_CDFS = ("inference", "coserve-loose", "coserve-strict", "temporal-dynamic", "split", "contending")
-ZOOM = (-1.0, 5.0)  # seconds around the burst's beginning
+ZOOM = (-2.0, 5.0)  # seconds around the burst's beginning
 
 
 def _by_trace(cells: Sequence[Result]) -> dict[str, list[Result]]:
@@ -135,7 +135,7 @@ def burst(result: Result) -> bytes:
     gaps.plot(columns["second"] + 0.5, columns["p99_gap_ms"], ".", color=BLACK, ms=4, label="p99 gap between tokens")
     gaps.axhline(1e3 * result["slo"]["tpot_s"], **BOUND, label="TPOT objective (of the mean)")
     gaps.set(ylabel="ms", xlabel="seconds", xlim=(0, edges[-1]))
-    titles = ("Requests jump …", "… they are answered …", "… training gives way, and comes back …", "… and tokens keep coming")
+    titles = ("Requests", "Their answers", "Training: gives way, comes back", "Waits between tokens")
     for a, text in zip(axes.flat, titles, strict=True):
         a.set_ylim(0, None)
         title(a, text)
@@ -154,7 +154,7 @@ def burst_zoom(result: Result) -> bytes:
     it = {name: np.array(values, dtype=float) for name, values in result["samples"]["iterations"].items()}  # no slack is NaN
     low = result["load"]["burst"][0]
     start = it["start"] - low
-    shown = (start >= ZOOM[0]) & (start <= ZOOM[1])
+    shown = (start + it["actual"] >= ZOOM[0]) & (start <= ZOOM[1])
     it, start = {name: values[shown] for name, values in it.items()}, start[shown]
     figure, axes = figure_of(3, 1, 10.0, 2.3, sharex=True, height_ratios=(1.3, 0.8, 1.3))
     rows, backward, time = axes[:, 0]
@@ -166,21 +166,20 @@ def burst_zoom(result: Result) -> bytes:
     rows.set_ylabel("rows")
     title(rows, "The burst arrives at 0: what iterations compute")
     backward.bar(start, it["backward"], color=COLOURS["backward"], label="finetuning, backward", **bars)
-    backward.set_ylabel("rows x layers")
+    backward.set(ylabel="rows x layers", ylim=(0, 1.05 * it["backward"].max(initial=1.0)))
     serves, took, slack = it["decode"] + it["prefill"] > 0, 1e3 * it["actual"], 1e3 * it["slack"]
-    late = serves & (took > slack)
+    late, trains = serves & (took > slack), it["window"] + it["backward"] > 0
     for members, colour, label in (
-        (~serves, QUIET, "nobody waits"),
+        (~serves, QUIET, "training alone"),
         (serves & ~late, BLUE, "within the slack"),
-        (late, LATE, "longer than the slack"),
+        (late & trains, LATE, "longer, with training"),
+        (late & ~trains, PINK, "longer, requests alone"),
     ):
-        time.bar(
-            start[members], took[members], width=it["actual"][members], align="edge", edgecolor="white", lw=0.5, color=colour, label=label
-        )
-    ceiling = 2.2 * took.max(initial=1.0)
-    time.hlines(
-        np.minimum(slack, 0.97 * ceiling), start, start + it["actual"], color=BLACK, lw=1.5, label="slack (time it had; cut at the top)"
-    )
+        if members.any():
+            width = it["actual"][members]
+            time.bar(start[members], took[members], width, align="edge", edgecolor="white", lw=0.5, color=colour, label=label)
+    ceiling = 1.6 * took.max(initial=1.0)
+    time.hlines(np.minimum(slack, 0.97 * ceiling), start, start + it["actual"], color=BLACK, lw=1.5, label="slack (cut at the top)")
     time.set(ylabel="ms", xlabel="seconds since the burst's first request", xlim=ZOOM, ylim=(0, ceiling))
     title(time, "The time they took, and had")
     for a in axes.flat:
