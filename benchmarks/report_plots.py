@@ -24,10 +24,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "split": {"color": GREEN, "marker": "D", "label": "split machine (vLLM + PEFT)"},
     "contending": {"color": RED, "marker": "X", "label": "contending (vLLM + PEFT)"},
     "coserve": {"color": BLUE, "marker": "s", "label": "coserve"},
-    "temporal": {"color": ORANGE, "marker": "^", "label": "temporal"},
-    "separate-25": {"color": GREEN, "marker": "v", "ls": ":", "label": "separate, 25 % to requests"},
-    "separate-50": {"color": GREEN, "marker": "D", "label": "separate, 50 %"},
-    "separate-75": {"color": GREEN, "marker": "^", "ls": "--", "label": "separate, 75 %"},
+    "temporal-64": {"color": PINK, "marker": "<", "ls": ":", "label": "time slices of 64"},
+    "temporal-512": {"color": PINK, "marker": ">", "ls": ":", "label": "time slices of 512"},
+    "temporal": {"color": ORANGE, "marker": "^", "label": "time slices"},
+    "separate-25": {"color": GREEN, "marker": "v", "ls": ":", "label": "separate, 25 % train"},
+    "separate-50": {"color": GREEN, "marker": "D", "label": "separate, 50 % train"},
+    "separate-75": {"color": GREEN, "marker": "^", "ls": "--", "label": "separate, 75 % train"},
 }
 BOUND = {"color": QUIET, "ls": "--", "lw": 1.5}
 
@@ -183,19 +185,21 @@ def schedule(result: Result) -> bytes:
 
 
 def simulate(pairs: Sequence[tuple[str, list[tuple[str, float, float]]]]) -> bytes:
-    """A row per figure, a mark per workload: simulated over measured."""
+    """A row per figure, a mark per workload, in the colour of its trace: simulated over measured."""
     names = list(dict.fromkeys(name for _, figures in pairs for name, _, _ in figures))
+    traces = list(dict.fromkeys(label.split(", ")[0] for label, _ in pairs))
+    styles = dict(zip(traces, zip((BLUE, ORANGE, GREEN, PINK, RED) * 9, "os^vD" * 9, strict=True), strict=False))
     figure, axes = figure_of(1, 1, 8.0, 1.2 + 0.45 * len(names))
     a = axes[0][0]
     a.axvspan(0.9, 1.1, color=QUIET, alpha=0.25, lw=0)
     a.axvline(1.0, color=BLACK, lw=1)
     for i, (label, figures) in enumerate(pairs):
-        shown = [(s / m, names.index(name)) for name, s, m in figures if m]
+        trace = label.split(", ")[0]
+        colour, marker = styles[trace]
+        offset = 0.6 * ((i + 0.5) / len(pairs) - 0.5)
+        shown = [(s / m, names.index(name) + offset) for name, s, m in figures if m]
         if shown:
-            offset = 0.5 * (i / max(1, len(pairs) - 1) - 0.5) if len(pairs) > 1 else 0.0
-            x, y = zip(*shown, strict=True)
-            style = {"color": (BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK)[i % 7], "marker": "os^vDXP*"[i % 8]}
-            a.plot(x, np.array(y) + offset, ls="", ms=7, label=label, **style)
+            a.plot(*zip(*shown, strict=True), ls="", ms=6, label=trace, color=colour, marker=marker)
     a.set_yticks(range(len(names)), names)
     a.set_ylim(len(names) - 0.5, -0.5)
     a.set_xlabel("simulated / measured")
@@ -217,7 +221,7 @@ def paper(result: Result) -> bytes:
         rates = model["rates"]
         for contestant, found in contestants_of(model):
             style = {"lw": 1.7, "ms": 6, **STYLES[contestant]}
-            if speeds := found.get("finetune_tok_s"):
+            if any(speeds := found.get("finetune_tok_s", [])):  # requests alone train nothing
                 speed.plot(rates[: len(speeds)], speeds, **style)
             if shares := found.get("attainment"):
                 share.plot(rates[: len(shares)], [100 * s for s in shares], **style)
@@ -226,10 +230,8 @@ def paper(result: Result) -> bytes:
         if dedicated is not None:
             speed.axhline(float(np.median(dedicated)), **BOUND, label="no requests (bound)")
         theirs = result.get("paper", {}).get(name, {})
-        theirs = theirs.get("coserve", theirs)
-        theirs = theirs.get("finetune_tok_s") if isinstance(theirs, Mapping) else theirs
-        if isinstance(theirs, list):
-            speed.plot(rates[: len(theirs)], theirs[: len(rates)], "x", color=BLACK, ms=9, mew=2, label="the paper, coserve")
+        if "rates" in theirs and "finetune_tok_s" in theirs:
+            speed.plot(theirs["rates"], theirs["finetune_tok_s"], "x", color=BLACK, ms=9, mew=2, label="coserve in the paper")
         title(speed, name)
         speed.set_ylim(0, None)
         share.set_ylim(-3, 104)

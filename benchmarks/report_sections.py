@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import report_coserve_plots as coserve_plots
@@ -98,7 +99,7 @@ def _grid(cells: list[Result], slo: str) -> Table:
 
 def _speedup(cell: Result, slo: str) -> Cell:
     speedup, target = cell.get("speedup_vs_split", {}).get(slo), SPEEDUPS.get(cell["load"])
-    if cell.get("split_attains", {}).get(slo) is False:
+    if "split" in cell["contestants"] and not cell.get("split_attains", {}).get(slo):
         return Cell("split misses SLO", None)
     if speedup is None or target is None:
         return Cell(times(speedup), None)
@@ -263,7 +264,8 @@ def simulated_pairs(result: Result) -> list[tuple[str, list[tuple[str, float, fl
     """Per workload: (figure, simulated, measured) of what both have."""
     if "workloads" in result:
         loads = [
-            (", ".join(str(w[k]) for k in ("trace", "load", "slo") if k in w), w["simulated"], w["measured"]) for w in result["workloads"]
+            (", ".join(str(w[k]) for k in ("trace", "load", "contestant") if k in w), w["simulated"], w["measured"])
+            for w in result["workloads"]
         ]
     else:
         predicted, measured = result.get("predicted", {}), result.get("measured", {})
@@ -273,34 +275,24 @@ def simulated_pairs(result: Result) -> list[tuple[str, list[tuple[str, float, fl
 
 
 def paper(result: Result) -> Section:
-    models, reference = result.get("models", {}), result.get("paper", {})
+    models = result.get("models", {})
     rows: list[list[str | Cell]] = []
     for name, model in models.items():
+        theirs = result.get("paper", {}).get(name, {})
+        known = dict(zip(theirs.get("rates", []), theirs.get("finetune_tok_s", []), strict=False))
         for contestant, found in plots.contestants_of(model):
-            for i, rate in enumerate(model.get("rates", [])):
-                speed, share = (_entry(found.get(key), i) for key in ("finetune_tok_s", "attainment"))
-                known = _entry(_reference(reference.get(name, {}), contestant, "finetune_tok_s"), i)
-                rows.append([f"{name}, {contestant}", number(rate), number(speed), number(known), percent(share)])
-    headings = ["model, contestant", "req/s", "finetuning tok/s", "the paper's", "attainment"]
-    blocks: list[Table | Picture] = [Table(headings, rows)]
+            speeds, shares = found.get("finetune_tok_s", []), found.get("attainment", [])
+            for rate, speed, share in zip_longest(model.get("rates", []), speeds, shares):
+                reference = known.get(rate) if contestant == "coserve" else None
+                rows.append([f"{name}, {contestant}", number(rate), number(speed), number(reference), percent(share)])
+    blocks: list[Table | Picture] = []
     if models:
         blocks.append(
             Picture("paper", "Finetuning speed and attainment by request rate, simulated; crosses: the paper.", plots.paper(result))
         )
-    return Section("The paper's end-to-end experiment, simulated", "arXiv 2402.18789 on the simulator, with its models and rates.", blocks)
-
-
-def _entry(values: Any, i: int) -> float | None:
-    """The i-th of a list, or the one figure there is."""
-    if isinstance(values, list):
-        return values[i] if i < len(values) else None
-    return values if isinstance(values, int | float) else None
-
-
-def _reference(reference: Result, contestant: str, key: str) -> Any:
-    """The paper's numbers of a contestant, given by key or, for co-serving, bare."""
-    found = reference.get(contestant, reference if contestant == "coserve" else {})
-    return found.get(key) if isinstance(found, Mapping) else found
+        blocks.append(Table(["model, contestant", "req/s", "finetuning tok/s", "the paper's", "attainment"], rows))
+    says = "arXiv 2402.18789 on the simulator, with its models and rates. " + "; ".join(result.get("assumptions", []))
+    return Section("The paper's end-to-end experiment, simulated", says, blocks)
 
 
 SECTIONS: dict[str, Callable[[Result], Section]] = {

@@ -36,7 +36,7 @@ def grid() -> dict[str, Any]:
                 share = 0.996 if load == "light" or name == "inference" else 0.9
                 contestants[name] = {
                     "finetune_tok_s": 0.0 if name == "inference" else 130.0 + 10 * i - 40 * rate,
-                    "attainment": {slo: share for slo in SLOS},
+                    "attainment": dict.fromkeys(SLOS, share),
                 }
                 requests = []
                 for _ in range(20):
@@ -46,8 +46,12 @@ def grid() -> dict[str, Any]:
                 found.append({"trace": trace, "load": load, "contestant": name, "round": 0, "requests": requests})
             cells.append(
                 {
-                    **{"trace": trace, "load": load, "rate": rate, "contestants": contestants, "bound_vs_split": 2.9},
-                    "leftover_efficiency": {slo: 1.234 for slo in SLOS},
+                    "trace": trace,
+                    "load": load,
+                    "rate": rate,
+                    "contestants": contestants,
+                    "bound_vs_split": 2.9,
+                    "leftover_efficiency": dict.fromkeys(SLOS, 1.234),
                     "speedup_vs_split": {"loose": 2.61, "mid": 1.5, "strict": None},
                     "split_attains": {"loose": True, "mid": True, "strict": False},
                 }
@@ -86,7 +90,7 @@ def results(tmp_path: Path) -> Path:
             "dedicated": {"finetune_tok_s": 2600.0},
         }
     }
-    put(folder, "paper", {"models": models, "paper": {"8b": {"coserve": {"finetune_tok_s": [2352, 1799]}}}, "samples": []})
+    put(folder, "paper", {"models": models, "paper": {"8b": {"rates": [1, 5], "finetune_tok_s": [2352, 1799]}}, "samples": []})
     workload = {"trace": "code", "load": "heavy", "slo": "loose", "simulated": {"p50_tpot_ms": 44.0}, "measured": {"p50_tpot_ms": 40.0}}
     put(folder, "simulate", {"workloads": [workload], "samples": []})
     put(folder, "finetune", {"samples": {}})  # of another form
@@ -157,4 +161,4 @@ def test_simulated_pairs_of_both_forms() -> None:
     new = {
         "workloads": [{"trace": "code", "load": "light", "slo": "mid", "simulated": {"attainment": 1.0}, "measured": {"attainment": 0.9}}]
     }
-    assert simulated_pairs(new) == [("code, light, mid", [("attainment", 1.0, 0.9)])]
+    assert simulated_pairs(new) == [("code, light, coserve-mid", [("attainment", 1.0, 0.9)])]
