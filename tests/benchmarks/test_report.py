@@ -158,7 +158,6 @@ def test_target_of_attainment(slo: str, alone: float | None, coserved: float, me
 def test_simulated_pairs_of_both_forms() -> None:
     old = {"predicted": {"coserve": {"p50_tpot_ms": 3.0, "extra": 1.0}}, "measured": {"coserve": {"p50_tpot_ms": 2.0}}}
     assert simulated_pairs(old) == [("coserve", [("p50_tpot_ms", 3.0, 2.0)])]
-    new = {
-        "workloads": [{"trace": "code", "load": "light", "slo": "mid", "simulated": {"attainment": 1.0}, "measured": {"attainment": 0.9}}]
-    }
+    load = {"trace": "code", "load": "light", "contestant": "coserve-mid"}
+    new = {"workloads": [{**load, "simulated": {"attainment": 1.0}, "measured": {"attainment": 0.9}}]}
     assert simulated_pairs(new) == [("code, light, coserve-mid", [("attainment", 1.0, 0.9)])]
