@@ -6,7 +6,7 @@ STAMP := .venv/.setup-done
 # Two workers with one thread each: a tiny model gains nothing from more threads (tests/conftest.py).
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench case-study
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -29,12 +29,19 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The grid in full takes 32 of its 40 minutes; VLLM_PYTHON (benchmarks/README.md) adds the contestants that need vLLM.
 bench: setup
-	$(BIN)/python benchmarks/finetune.py --quick
-	$(BIN)/python benchmarks/serve.py --quick
-	$(BIN)/python benchmarks/coserve.py --quick
-	$(BIN)/python benchmarks/memory.py --quick
-	$(BIN)/python benchmarks/schedule.py --quick
+	$(BIN)/python benchmarks/coserve.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/latency.py --quick
-	$(BIN)/python benchmarks/simulate.py --quick --measured out/coserve.json
+	$(BIN)/python benchmarks/memory.py --quick
+	$(BIN)/python benchmarks/finetune.py --quick
+	$(BIN)/python benchmarks/serve.py --quick $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/paper.py --quick
+	$(BIN)/python benchmarks/burst.py --quick
+	$(BIN)/python benchmarks/report.py
+
+case-study: setup
+	$(BIN)/python benchmarks/burst.py
+	$(BIN)/python benchmarks/report.py
