@@ -7,7 +7,7 @@ from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, Request, Seq
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
-from flexllm.scheduler.headroom import PromptBursts
+from flexllm.scheduler.headroom import Reserve
 from flexllm.scheduler.jobs import JobTable
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
@@ -23,7 +23,7 @@ class HybridTokenScheduler:
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
     Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. Some of it is kept
-    for requests that are not here yet (headroom.py): running ones stay ahead by what prompts lately put them back. There is
+    for requests that are not here yet (headroom.py): running ones stay ahead by what lately put them back. There is
     none while the batch is full. Whoever carries out the plan may drop the rest of its finetuning when a request comes.
     """
 
@@ -34,7 +34,7 @@ class HybridTokenScheduler:
         self._pool = pool
         self._requests = RequestQueues(config, pool, latency)
         self._jobs = JobTable(pool, finetune_budget, config.max_sequences)
-        self._bursts = PromptBursts()
+        self._reserve = Reserve()
         self._margin = 0.1  # of a predicted time, for prediction errors
         self._num_updates = 0
         self._inference_streak = 0  # mode `temporal`: iterations since finetuning had its turn
@@ -111,6 +111,8 @@ class HybridTokenScheduler:
         self._jobs.advance(plan)
         if not plan.interrupted:
             self.latency.observe(features_of(plan), result.seconds)
+            if plan.inference and (plan.windows or plan.backward):
+                self._reserve.overrun(result.seconds - plan.predicted)
         self._num_updates += 1
         if self._num_updates % MARGIN_EVERY == 0:
             self._margin = min(MAX_MARGIN, max(0.0, self.latency.error_quantile(MARGIN_QUANTILE)))
@@ -137,14 +139,14 @@ class HybridTokenScheduler:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
             return self.config.idle_slice
-        return self._requests.slack(now, inference, self._bursts.reserve) / (1 + self._margin)
+        return self._requests.slack(now, inference, self._reserve.seconds) / (1 + self._margin)
 
     def _watch_prompts(self, features: PlanFeatures) -> None:
         """Learn how far prompts put the running requests back."""
         if features.rows > features.decode_rows and features.decode_rows:
-            self._bursts.iteration(self._inference_seconds, self._requests.pace())
+            self._reserve.prompts(self._inference_seconds, self._requests.pace())
         else:
-            self._bursts.end()
+            self._reserve.no_prompts()
 
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
