@@ -94,24 +94,18 @@ def _serve(trace: Sequence[Arrival], serving: list[Replica]) -> list[RequestReco
     if trace and not serving:
         raise ValueError("no replica serves requests")
     router = Router(len(serving))
-    due = [(replica.now, i) for i, replica in enumerate(serving)]  # replicas that have something to run, by their clocks
-    idle: set[int] = set()  # the others
+    due = [(replica.now, i) for i, replica in enumerate(serving)]  # when each goes on; outdated where a request changed that
     records = []
     for number, arrival in enumerate(trace):
         while due and due[0][0] < arrival.time:
-            i = due[0][1]
-            if serving[i].step():
-                heapq.heapreplace(due, (serving[i].now, i))
-            else:
-                heapq.heappop(due)
-                idle.add(i)
+            now, i = heapq.heappop(due)
+            if now == serving[i].now and serving[i].step():
+                heapq.heappush(due, (serving[i].now, i))
             router.load[i] = serving[i].load
         i = router.choose(arrival.adapter)
         records.append(serving[i].add(number, arrival))
         router.load[i] = serving[i].load
-        if i in idle:
-            idle.remove(i)
-            heapq.heappush(due, (serving[i].now, i))
+        heapq.heappush(due, (serving[i].now, i))
     return records
 
 
