@@ -29,6 +29,7 @@ class Iteration:
         In the forward that is the next layer (inference goes on alone through the others, and the windows are not done), in the
         backward the end of the slice under way. An optimizer step that has begun is finished.
         """
+        assert self.start <= now < self.end
         plan = self.plan
         if plan.interrupted or not (plan.windows or plan.backward or plan.optimizer_steps):
             return self

@@ -42,6 +42,7 @@ class RequestRecord:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
+    priority: str = "interactive"
     replica: int = 0
     refused: bool = False  # the queue was full, or it could never fit
     tokens: int = 0  # sampled so far
@@ -110,10 +111,10 @@ class Replica:
             self.under_way = self.under_way.interrupted(arrival.time, self.machine.latency)
             self.now = self.under_way.end
         self.now = max(self.now, arrival.time)
-        record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, self.index)
-        sampling = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+        record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, arrival.priority, self.index)
+        prompt, sampling = [1] * arrival.prompt_tokens, SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
         try:
-            self.scheduler.add_request(Request(str(number), [1] * arrival.prompt_tokens, sampling, arrival.time, arrival.adapter))
+            self.scheduler.add_request(Request(str(number), prompt, sampling, arrival.time, arrival.adapter, arrival.priority))
         except ValueError:
             record.refused = True
         else:
