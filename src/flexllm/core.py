@@ -347,6 +347,7 @@ class StepPlan:
     restarted: tuple[FinetuneJob, ...] = ()  # groups rewound after backward had begun; the trainer zeroes their gradients
     slack: float = math.inf  # seconds until the earliest deadline at planning time, margin taken off
     predicted: float = 0.0  # seconds, by the latency model
+    interrupted: bool = False  # a request came: this is what was done of a longer plan
 
     interrupted: bool = False  # a request came: this is what was done of a longer plan
 

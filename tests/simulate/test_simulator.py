@@ -99,7 +99,7 @@ def test_finetuning_counts_sequences_whose_backward_is_done():
 def test_counting_begins_when_the_warmup_is_over():
     once = SEQUENCE * (ROW + LAYERS * BACKWARD_ROW)
     trace = [Arrival(0.2, 100, 11)]
-    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, machine(t0=0.0), seconds=1.5 * once, warmup=w) for w in (0.0, 0.8 * once))
+    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, machine(t0=0.0), seconds=1.6 * once, warmup=w) for w in (0.0, 0.8 * once))
     assert (cold.finetune_tokens, warm.finetune_tokens) == (SEQUENCE, 2 * SEQUENCE)
     assert warm.shares["finetuning"] <= 1.0
     assert all(r.arrival == 0.2 and r.finished for r in warm.records)
@@ -118,6 +118,31 @@ def test_light_load_keeps_the_objectives_and_overload_loses_them():
 
     assert attainment(2) >= 0.99
     assert attainment(80) < 0.5  # 80 x 200 rows of 0.1 ms are 1.6 seconds of work per second
+
+
+def test_each_class_is_judged_by_its_own_objectives():
+    slow = SLO(ttft=60.0, tpot=2.0)
+    trace = [Arrival(0.0, 4000, 2, priority="batch"), Arrival(5.0, 100, 2)]
+    result = simulate(trace, [], replace(CONFIG, slo=SLO(0.1, 0.05), class_slos={"batch": slow}), machine())
+    batch, interactive = (result.of_class(name) for name in ("batch", "interactive"))
+    assert [r.arrival for r in batch.records + interactive.records] == [0.0, 5.0]
+    judged = [r.attainment(SLO(0.1, 0.05), class_slos) for r in (result, batch) for class_slos in (None, {"batch": slow})]
+    assert judged == [0.5, 1.0, 0.0, 1.0]
+    assert result.summary(SLO(0.1, 0.05), {"batch": slow})["attainment"] == 1.0
+
+
+def test_interactive_requests_keep_their_objectives_beside_a_heavy_batch_load():
+    """The batch requests alone are more than the machine can do: they take what the others leave."""
+    chat = poisson_arrivals(5, 20, 200, 10, length_cv=0.3, seed=1)
+    bulk = [replace(a, priority="batch") for a in poisson_arrivals(20, 20, 400, 100, length_cv=0.3, seed=2)]
+    trace = sorted([*chat, *bulk], key=lambda a: a.time)
+    config = replace(CONFIG, class_slos={"batch": SLO(ttft=60.0, tpot=2.0)})
+    classes = simulate(trace, [job()], config, machine(num_blocks=8192))
+    assert classes.of_class("interactive").attainment(config.slo) >= 0.9
+    assert classes.of_class("batch").attainment(config.slo, config.class_slos) >= 0.99
+    alike = simulate([replace(a, priority="interactive") for a in trace], [job()], config, machine(num_blocks=8192))
+    of_chat = [r.attains(config.slo) for r, a in zip(alike.records, trace, strict=True) if a.priority == "interactive"]
+    assert sum(of_chat) / len(of_chat) < 0.5
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -62,7 +62,7 @@ def plan_capacity(
         return simulate(trace, [job], fleet(split, replicas, aim), on, seconds=seconds, noise=noise, seed=seed)
 
     def serves(result: SimulationResult) -> bool:
-        return result.attainment(config.slo) >= attainment
+        return result.attainment(config.slo, config.class_slos) >= attainment
 
     def does_both(result: SimulationResult) -> bool:
         return serves(result) and result.finetune_rate >= finetune_rate

@@ -15,8 +15,9 @@ from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
-from flexllm.scheduler.latency import LatencyModel, features_of
+from flexllm.scheduler.latency import LatencyModel
 from flexllm.scheduler.scheduler import HybridTokenScheduler
+from flexllm.simulate.iteration import Iteration
 from flexllm.simulate.workload import Arrival
 
 TOKEN = TokenLogprob(1, 0.0)  # every sampled token
@@ -41,6 +42,7 @@ class RequestRecord:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
+    priority: str = "interactive"
     replica: int = 0
     refused: bool = False  # the queue was full, or it could never fit
     tokens: int = 0  # sampled so far
@@ -81,7 +83,8 @@ class Replica:
     noise: float = 0.0
     seed: int = 0
     check: bool = False  # the scheduler's integrity after every iteration: slow
-    now: float = 0.0  # may begin below 0: jobs are then under way when counting begins
+    now: float = 0.0  # when the iteration under way ends; may begin below 0: jobs are then under way when counting begins
+    under_way: Iteration | None = None
     load: int = 0  # tokens of the requests here, prompts and outputs so far
     iterations: int = 0
     finetune_tokens: int = 0  # rows through the whole backward, as the server's flexllm:finetune_tokens_total{phase="backward"}
@@ -102,12 +105,16 @@ class Replica:
         return self.config.mode != "finetune"
 
     def add(self, number: int, arrival: Arrival) -> RequestRecord:
-        """A request comes; the clock has been brought to its time (an iteration under way may have gone beyond)."""
+        """A request comes, not before the iteration under way began. If it finetunes it is cut short: `now` may go back, but not
+        beyond the arrival."""
+        if self.under_way is not None and arrival.time < self.now:
+            self.under_way = self.under_way.interrupted(arrival.time, self.machine.latency)
+            self.now = self.under_way.end
         self.now = max(self.now, arrival.time)
-        record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, self.index)
-        sampling = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+        record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, arrival.priority, self.index)
+        prompt, sampling = [1] * arrival.prompt_tokens, SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
         try:
-            self.scheduler.add_request(Request(str(number), [1] * arrival.prompt_tokens, sampling, arrival.time, arrival.adapter))
+            self.scheduler.add_request(Request(str(number), prompt, sampling, arrival.time, arrival.adapter, arrival.priority))
         except ValueError:
             record.refused = True
         else:
@@ -116,11 +123,31 @@ class Replica:
         return record
 
     def step(self) -> bool:
-        """One iteration; False if the scheduler had nothing to run."""
+        """`now` the iteration under way ends, and the next begins; False if the scheduler had nothing to run."""
+        self._end()
+        return self._begin()
+
+    def finish(self) -> None:
+        """Run to the end of the span, and on until the last request is answered."""
+        self._end()
+        while (self._live or self.now < self.seconds) and self._begin():
+            self._end()
+        assert not self._live, "the scheduler has requests and plans nothing"
+
+    def _begin(self) -> bool:
         plan = self.scheduler.schedule(self.now)
         if plan.is_empty:
             return False
-        start, end = self.now, self.now + self._seconds_of(plan)
+        factor = self._rng.lognormvariate(0.0, self.noise) if self.noise else 1.0
+        self.under_way = Iteration.begin(plan, self.now, factor, self.machine.latency)
+        self.now = self.under_way.end
+        return True
+
+    def _end(self) -> None:
+        if self.under_way is None:
+            return
+        plan, start, end = self.under_way.plan, self.under_way.start, self.under_way.end
+        self.under_way = None
         tokens = {chunk.request.id: TOKEN for chunk in plan.inference if chunk.sample}
         if 0 < end <= self.seconds:
             self.finetune_tokens += sum(item.rows for item in plan.backward if item.lowest == item.job.lowest_layer)
@@ -130,18 +157,6 @@ class Replica:
             self.scheduler.check_integrity()
         self.busy[_kind(plan)] += max(0.0, min(end, self.seconds) - max(start, 0.0))
         self.iterations += 1
-        self.now = end
-        return True
-
-    def finish(self) -> None:
-        """Run to the end of the span, and on until the last request is answered."""
-        while (self._live or self.now < self.seconds) and self.step():
-            pass
-        assert not self._live, "the scheduler has requests and plans nothing"
-
-    def _seconds_of(self, plan: StepPlan) -> float:
-        seconds = self.machine.latency.predict(features_of(plan))
-        return seconds * self._rng.lognormvariate(0.0, self.noise) if self.noise else seconds
 
     def _book(self, request_id: str, now: float, ended: bool) -> None:
         record = self._live[request_id]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,12 +35,17 @@ class SimulationResult:
         """Finetuning tokens per second, all replicas together."""
         return self.finetune_tokens / self.seconds if self.seconds else 0.0
 
-    def attainment(self, slo: SLO) -> float:
-        """Share of the requests that met both objectives; refused ones did not. 1 without requests."""
-        return sum(r.attains(slo) for r in self.records) / len(self.records) if self.records else 1.0
+    def of_class(self, priority: str) -> SimulationResult:
+        """The same run, with the requests of one SLO class."""
+        return replace(self, records=[r for r in self.records if r.priority == priority])
 
-    def summary(self, slo: SLO) -> dict[str, float]:
-        """Plain numbers, seconds and shares."""
+    def attainment(self, slo: SLO, class_slos: Mapping[str, SLO] | None = None) -> float:
+        """Share of the requests that met both objectives, those of their class or else `slo`; refused ones did not. 1 without requests."""
+        of_class = class_slos or {}
+        return sum(r.attains(of_class.get(r.priority, slo)) for r in self.records) / len(self.records) if self.records else 1.0
+
+    def summary(self, slo: SLO, class_slos: Mapping[str, SLO] | None = None) -> dict[str, float]:
+        """Plain numbers, seconds and shares. Requests are judged as in `attainment`."""
         done = [r for r in self.records if r.finished]
         values = {name: [getattr(r, name) for r in done] or [0.0] for name in ("ttft", "tpot", "max_gap")}
         quantiles = {f"{name}_p{q}": float(np.percentile(v, q)) for name, v in values.items() for q in (50, 99)}
@@ -48,7 +53,7 @@ class SimulationResult:
             "requests": len(self.records),
             "finished": len(done),
             "seconds": self.seconds,
-            "attainment": self.attainment(slo),
+            "attainment": self.attainment(slo, class_slos),
             **quantiles,
             "max_gap": max(values["max_gap"]),
             "finetune_rate": self.finetune_rate,
@@ -94,24 +99,18 @@ def _serve(trace: Sequence[Arrival], serving: list[Replica]) -> list[RequestReco
     if trace and not serving:
         raise ValueError("no replica serves requests")
     router = Router(len(serving))
-    due = [(replica.now, i) for i, replica in enumerate(serving)]  # replicas that have something to run, by their clocks
-    idle: set[int] = set()  # the others
+    due = [(replica.now, i) for i, replica in enumerate(serving)]  # when each goes on; outdated where a request changed that
     records = []
     for number, arrival in enumerate(trace):
         while due and due[0][0] < arrival.time:
-            i = due[0][1]
-            if serving[i].step():
-                heapq.heapreplace(due, (serving[i].now, i))
-            else:
-                heapq.heappop(due)
-                idle.add(i)
+            now, i = heapq.heappop(due)
+            if now == serving[i].now and serving[i].step():
+                heapq.heappush(due, (serving[i].now, i))
             router.load[i] = serving[i].load
         i = router.choose(arrival.adapter)
         records.append(serving[i].add(number, arrival))
         router.load[i] = serving[i].load
-        if i in idle:
-            idle.remove(i)
-            heapq.heappush(due, (serving[i].now, i))
+        heapq.heappush(due, (serving[i].now, i))
     return records
 
 

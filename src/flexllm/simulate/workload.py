@@ -21,6 +21,7 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
+    priority: str = "interactive"  # the SLO class
 
 
 def gamma_arrivals(

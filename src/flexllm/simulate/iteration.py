@@ -1,0 +1,52 @@
+"""An iteration under way, and how it gives way to a request, as the engine's does."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+from flexllm.core import StepPlan
+from flexllm.scheduler.latency import LatencyModel, features_of
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What runs from `start` to `end`. Times in seconds; `factor`: those it takes over those that the latency model says."""
+
+    plan: StepPlan
+    start: float
+    end: float
+    factor: float
+
+    @classmethod
+    def begin(cls, plan: StepPlan, start: float, factor: float, latency: LatencyModel) -> Iteration:
+        return cls(plan, start, start + factor * latency.predict(features_of(plan)), factor)
+
+    def interrupted(self, now: float, latency: LatencyModel) -> Iteration:
+        """What is left of it when a request comes `now`, before its end: finetuning stops at the next boundary.
+
+        In the forward that is the next layer (inference goes on alone through the others, and the windows are not done), in the
+        backward the end of the slice under way. An optimizer step that has begun is finished.
+        """
+        assert self.start <= now < self.end
+        plan = self.plan
+        if plan.interrupted or not (plan.windows or plan.backward or plan.optimizer_steps):
+            return self
+        alone = replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True)
+        if plan.windows:
+            whole, rest = (self.factor * latency.predict(features_of(p)) for p in (replace(alone, windows=plan.windows), alone))
+            if now - self.start <= whole:
+                layers = plan.windows[0].sequence.job.num_layers
+                share = math.ceil((now - self.start) / whole * layers) / layers
+                return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
+
+        def cut(slices: int) -> Iteration:
+            left = replace(plan, backward=plan.backward[:slices], optimizer_steps=(), interrupted=True)
+            return Iteration.begin(left, self.start, self.factor, latency)
+
+        everything = len(plan.backward)
+        slices = bisect_left(range(everything + 1), now, key=lambda n: cut(n).end)
+        if slices > everything or (slices == everything and not plan.optimizer_steps):
+            return self
+        return cut(slices)
