@@ -101,11 +101,13 @@ class RequestQueues:
         return request
 
     # --------------------------------------------------------------------------------------------------------- planning
-    def plan(self, now: float, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> tuple[InferenceChunk, ...]:
+    def plan(
+        self, reclaim: Callable[[int], None], reclaimable: Callable[[], int], in_time: Callable[[float], float]
+    ) -> tuple[InferenceChunk, ...]:
         """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens; prompts of a class that
         can wait only as far as they make no token of a more urgent one late.
 
-        `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
+        `in_time(deadline)`: seconds that an iteration may be planned to take before it. `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
         decodes = list(self._next_rows.values())
@@ -115,7 +117,7 @@ class RequestQueues:
         candidates = self._prefill_order(reclaim, reclaimable)
         while rows_left > 0 and (candidate := next(candidates, None)) is not None:
             limit = min(rows_left, candidate.num_tokens - candidate.num_computed)
-            rows = limit if len(self._classes) == 1 else self._rows_in_time(now, candidate, (*decodes, *prefills), limit)
+            rows = limit if len(self._classes) == 1 else self._rows_in_time(in_time, candidate, (*decodes, *prefills), limit)
             start, end = candidate.num_computed, candidate.num_computed + rows
             chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
             (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
@@ -124,13 +126,13 @@ class RequestQueues:
                 break
         return (*decodes, *prefills)
 
-    def _rows_in_time(self, now: float, request: Request, chunks: tuple[InferenceChunk, ...], limit: int) -> int:
+    def _rows_in_time(self, in_time: Callable[[float], float], request: Request, chunks: tuple[InferenceChunk, ...], limit: int) -> int:
         """Rows of a prompt that can join `chunks`, at least LEAST_ROWS, before a token of a more urgent class is due."""
         ttft = self._class_of(request).slo.ttft
         due = min((at for i, at in self._deadlines.items() if self._class_of(self._requests[i]).slo.ttft < ttft), default=math.inf)
         if due == math.inf:
             return limit
-        rows = self._latency.most_window_rows(self.features(chunks), request.num_computed, lambda _: 0, limit, due - now)
+        rows = self._latency.most_window_rows(self.features(chunks), request.num_computed, lambda _: 0, limit, in_time(due))
         return max(rows, min(limit, LEAST_ROWS))
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
@@ -146,13 +148,13 @@ class RequestQueues:
             sampled_rows=known + sum(c.sample for c in chunks[known:]),
         )
 
-    def slack(self, now: float, chunks: tuple[InferenceChunk, ...], reserve: float = 0.0) -> float:
+    def slack(self, now: float, chunks: tuple[InferenceChunk, ...]) -> float:
         """Seconds this iteration may take if no deadline that is still ahead is to be missed; at least 0, inf without requests.
 
-        A decoding request needs its next token by the end of this iteration, and `reserve` seconds before it is due. One without
-        a first token needs, after this iteration, still the time to prefill what is left of it and of those before it.
+        A decoding request needs its next token by the end of this iteration. One without a first token needs, after
+        this iteration, still the time to prefill what is left of it and of those before it.
         """
-        slack = min(self._deadlines.values(), default=math.inf) - now - reserve
+        slack = min(self._deadlines.values(), default=math.inf) - now
         if len(self._deadlines) == len(self._requests):
             return max(slack, 0.0)
         planned = {c.request.id: c.end for c in chunks[len(self._decoding) :]}

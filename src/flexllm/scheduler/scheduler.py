@@ -130,7 +130,7 @@ class HybridTokenScheduler:
     def _plan_inference(self, now: float) -> tuple[tuple[InferenceChunk, ...], PlanFeatures]:
         if self.config.mode == "finetune":
             return (), PlanFeatures()
-        chunks = self._requests.plan(now, self._jobs.reclaim, self._jobs.reclaimable)
+        chunks = self._requests.plan(self._jobs.reclaim, self._jobs.reclaimable, lambda due: self._in_time(due - now))
         features = self._requests.features(chunks)
         self._inference_seconds = self.latency.predict(features)
         return chunks, features
@@ -139,7 +139,11 @@ class HybridTokenScheduler:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
             return self.config.idle_slice
-        return self._requests.slack(now, inference, self._reserve.seconds) / (1 + self._margin)
+        return self._in_time(self._requests.slack(now, inference))
+
+    def _in_time(self, seconds: float) -> float:
+        """What an iteration may take by prediction if it has to end within so many seconds, prediction errors and setbacks allowed for."""
+        return max(0.0, seconds - self._reserve.seconds) / (1 + self._margin)
 
     def _watch_prompts(self, features: PlanFeatures) -> None:
         """Learn how far prompts put the running requests back."""
@@ -180,5 +184,5 @@ class HybridTokenScheduler:
             return self.config.mode == "temporal"
         if self.config.temporal_inference_steps > 0:
             return self._inference_streak >= self.config.temporal_inference_steps
-        spare = self._requests.slack(now, ()) / (1 + self._margin) - self._inference_seconds
+        spare = self._in_time(self._requests.slack(now, ())) - self._inference_seconds
         return spare >= self._turn_seconds()
