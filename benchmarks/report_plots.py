@@ -174,8 +174,10 @@ def latency(result: Result) -> bytes:
 def schedule(result: Result) -> bytes:
     figure, axes = figure_of(1, 1, 8.0, 3.2)
     a = axes[0][0]
-    times = np.array(result["samples"]["plan_ms_every_20th"])
-    a.hist(times, bins=80, range=(0, float(np.quantile(times, 0.998))), color=SKY)
+    samples = {state: np.array(times) for state, times in result["samples"]["plan_ms_every_20th"].items()}
+    end = max(float(np.quantile(times, 0.998)) for times in samples.values())
+    for (state, times), colour in zip(samples.items(), (SKY, ORANGE), strict=False):
+        a.hist(times, bins=80, range=(0, end), color=colour, alpha=0.7, label=state)
     for name, ls in (("median_ms", "-"), ("p99_ms", "--")):
         a.axvline(result[name], color=BLACK, lw=1.3, ls=ls, label=f"{name.removesuffix('_ms')} {result[name]:.2f} ms")
     a.set(xlabel="ms of schedule()", ylabel="iterations")

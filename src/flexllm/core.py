@@ -349,8 +349,6 @@ class StepPlan:
     predicted: float = 0.0  # seconds, by the latency model
     interrupted: bool = False  # a request came: this is what was done of a longer plan
 
-    interrupted: bool = False  # a request came: this is what was done of a longer plan
-
     @property
     def is_empty(self) -> bool:
         """Nothing to execute. A plan that only takes memory back is not empty: the trainer has to hear of it."""

@@ -2,7 +2,7 @@ import pytest
 
 from flexllm.config import SLO
 from flexllm.core import FinishReason, InferenceChunk, RequestStatus, SamplingParams
-from flexllm.scheduler.requests import LEAST_ROWS, PROMPT_SHARE, QueueFullError
+from flexllm.scheduler.requests import LEAST_ROWS, QueueFullError
 from tests.scheduler.fake import FakeEngine, expected_token, make_request
 
 
@@ -191,7 +191,7 @@ def test_slack_is_the_earliest_deadline():
     engine = FakeEngine(slo=SLO(ttft=10, tpot=0.5))
     request = make_request("r", output=20)
     engine.add_request(request)
-    assert engine.step().slack == pytest.approx(PROMPT_SHARE * 10 / 1.1)
+    assert engine.step().slack == 0.0  # the prompt
     for _ in range(3):
         now, tokens = engine.now, len(request.output_ids)
         assert engine.step().slack == pytest.approx((request.first_token_time + tokens * 0.5 - now) / 1.1)
@@ -201,9 +201,10 @@ def test_slack_is_the_earliest_deadline():
     assert engine.step().slack == 0.0
 
 
-def test_time_to_prefill_what_waits_is_not_slack():
-    alone, crowded = FakeEngine(max_batch_tokens=16), FakeEngine(max_batch_tokens=16)
-    alone.add_request(make_request("a", prompt=16))
-    for i in range(4):
-        crowded.add_request(make_request(f"r{i}", prompt=16))
-    assert crowded.step().slack < alone.step().slack
+def test_no_slack_before_the_last_prompt_is_computed():
+    engine = FakeEngine(max_batch_tokens=16, slo=SLO(ttft=1000, tpot=1000))
+    for i in range(3):
+        engine.add_request(make_request(f"r{i}", prompt=12, output=20))
+    slacks = [engine.step().slack for _ in range(5)]
+    assert slacks[:3] == [0.0, 0.0, 0.0]  # 16, 15 and 7 rows
+    assert min(slacks[3:]) > 100

@@ -99,7 +99,8 @@ def test_finetuning_counts_sequences_whose_backward_is_done():
 def test_counting_begins_when_the_warmup_is_over():
     once = SEQUENCE * (ROW + LAYERS * BACKWARD_ROW)
     trace = [Arrival(0.2, 100, 11)]
-    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, machine(t0=0.0), seconds=1.6 * once, warmup=w) for w in (0.0, 0.8 * once))
+    one_at_a_time = replace(machine(t0=0.0), finetune_bytes=64 * SEQUENCE)
+    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, one_at_a_time, seconds=1.9 * once, warmup=w) for w in (0.0, 0.8 * once))
     assert (cold.finetune_tokens, warm.finetune_tokens) == (SEQUENCE, 2 * SEQUENCE)
     assert warm.shares["finetuning"] <= 1.0
     assert all(r.arrival == 0.2 and r.finished for r in warm.records)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
-SCAN_DEPTH = 8  # waiting requests of a class that are looked at for their deadlines
 LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, however busy more urgent classes are
-PROMPT_SHARE = 0.25  # of the TTFT objective may be gone before a first token because of finetuning; the rest is for what comes meanwhile
 
 
 class QueueFullError(ValueError):
@@ -107,7 +104,8 @@ class RequestQueues:
         """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens; prompts of a class that
         can wait only as far as they make no token of a more urgent one late.
 
-        `in_time(deadline)`: seconds that an iteration may be planned to take before it. `reclaim(n)` takes pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
+        `in_time(deadline)`: seconds that an iteration may be planned to take before it. `reclaim(n)` takes pages from finetuning until
+        n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
         decodes = list(self._next_rows.values())
@@ -148,42 +146,17 @@ class RequestQueues:
             sampled_rows=known + sum(c.sample for c in chunks[known:]),
         )
 
-    def slack(self, now: float, chunks: tuple[InferenceChunk, ...]) -> float:
-        """Seconds this iteration may take if no deadline that is still ahead is to be missed; at least 0, inf without requests.
-
-        A decoding request needs its next token by the end of this iteration. One without a first token needs, after
-        this iteration, still the time to prefill what is left of it and of those before it.
-        """
-        slack = min(self._deadlines.values(), default=math.inf) - now
-        if len(self._deadlines) == len(self._requests):
-            return max(slack, 0.0)
-        planned = {c.request.id: c.end for c in chunks[len(self._decoding) :]}
-        seconds_per_row = self._seconds_per_prefill_row()
-        rows_ahead = 0
-        for queue in self._classes.values():
-            for request in [*queue.prefilling, *islice(queue.waiting, SCAN_DEPTH)]:
-                rows_ahead += request.num_tokens - planned.get(request.id, request.num_computed)
-                due = self._deadline(request, queue.slo)
-                if request.first_token_time is None:
-                    due -= (1 - PROMPT_SHARE) * queue.slo.ttft
-                slack = min(slack, due - now - rows_ahead * seconds_per_row)
-        return max(slack, 0.0)
-
-    def _seconds_per_prefill_row(self) -> float:
-        """In an iteration as full as it may be, which also decodes."""
-        decodes = len(self._decoding)
-        rows = max(1, self._config.max_batch_tokens - decodes)
-        full = PlanFeatures(decodes + rows, decodes, self._decode_context, rows * rows // 2, decodes)
-        return self._latency.predict(full) / rows
+    def slack(self, now: float) -> float:
+        """Seconds until the earliest token is due, and none while a prompt is computed or waits: whatever slows down the
+        requests before it makes it late, and finetuning beside its rows, which fill the GEMMs, gains nothing. At least 0; inf without
+        requests."""
+        if len(self._deadlines) < len(self._requests):
+            return 0.0
+        return max(0.0, min(self._deadlines.values(), default=math.inf) - now)
 
     def pace(self) -> float:
         """Seconds per token of the most demanding running request; inf when none runs."""
         return min((q.slo.tpot for q in self._classes.values() if q.num_decoding), default=math.inf)
-
-    @property
-    def is_full(self) -> bool:
-        """A request waits until others end: whatever slows these down makes it late."""
-        return self.num_waiting > 0 and (self.page_blocked or self.num_running >= self._max_running)
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:

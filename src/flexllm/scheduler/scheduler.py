@@ -23,8 +23,8 @@ class HybridTokenScheduler:
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
     Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. Some of it is kept
-    for requests that are not here yet (headroom.py): running ones stay ahead by what lately put them back. There is
-    none while the batch is full. Whoever carries out the plan may drop the rest of its finetuning when a request comes.
+    for setbacks (headroom.py), and there is none before the last prompt is computed. Whoever carries out the plan may drop the
+    rest of its finetuning when a request comes.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel, finetune_budget: ByteBudget) -> None:
@@ -100,9 +100,7 @@ class HybridTokenScheduler:
         self._inference_streak += 1
         inference, features = self._plan_inference(now)
         self._watch_prompts(features)
-        slack = self._slack(now, inference)
-        finetuning = self.config.mode == "finetune" or (self.config.mode == "coserve" and not self._requests.is_full)
-        return self._compose(inference, features, slack, finetuning)
+        return self._compose(inference, features, self._slack(now), finetuning=self.config.mode in ("coserve", "finetune"))
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[TokenOutput, ...]:
         """Book what an iteration did, `plan` being what of its plan was done; returns the tokens it sampled. What was removed since it was
@@ -135,11 +133,11 @@ class HybridTokenScheduler:
         self._inference_seconds = self.latency.predict(features)
         return chunks, features
 
-    def _slack(self, now: float, inference: tuple[InferenceChunk, ...]) -> float:
+    def _slack(self, now: float) -> float:
         """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
             return self.config.idle_slice
-        return self._in_time(self._requests.slack(now, inference))
+        return self._in_time(self._requests.slack(now))
 
     def _in_time(self, seconds: float) -> float:
         """What an iteration may take by prediction if it has to end within so many seconds, prediction errors and setbacks allowed for."""
@@ -184,5 +182,5 @@ class HybridTokenScheduler:
             return self.config.mode == "temporal"
         if self.config.temporal_inference_steps > 0:
             return self._inference_streak >= self.config.temporal_inference_steps
-        spare = self._in_time(self._requests.slack(now, ())) - self._inference_seconds
+        spare = self._in_time(self._requests.slack(now)) - self._inference_seconds
         return spare >= self._turn_seconds()
