@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import common
-from common import finish, log, parser, write
+from common import QUICK_RESULTS, finish, log, parser, write
 from contestants import ENOUGH_TOKENS, PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
@@ -35,7 +36,7 @@ EVERY_ROUND = ("inference", "coserve-loose", "finetune", "coserve-strict", "spli
 DEDICATED = 0.5  # of a phase is enough for finetuning alone: no request has to come by chance
 CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
-MEMORY = ("--kv-cache-gb", "1", "--finetune-gb", "1")  # several servers live side by side
+MEMORY = ("--kv-cache-gb", "0.5", "--finetune-gb", "0.6")  # several servers live side by side
 
 Run = Callable[[Load], Phase]
 
@@ -134,16 +135,30 @@ def phases(contestants: Mapping[str, Run], rounds: int) -> list[tuple[int, str]]
     return [(turn, name) for turn in range(rounds) for name in contestants if turn == 0 or name in EVERY_ROUND]
 
 
+def keep_log(setting: Setting, name: str) -> Path:
+    """Where the log of a contestant that failed will still be when this run is over."""
+    kept = QUICK_RESULTS / f"coserve-{name}.log"
+    kept.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):
+        shutil.copy(setting.folder / f"{name}.log", kept)
+    return kept
+
+
 def measure_cell(
     setting: Setting, contestants: Mapping[str, Run], trace: Trace, load: str, rate: float, start: int, progress: Callable[[str], None]
 ) -> list[Sample]:
-    """Every contestant with the same requests in a round; each round takes the next ones of the trace."""
+    """Every contestant with the same requests in a round; each round takes the next ones of the trace. One that fails (its server is
+    gone) is left out of that round, and said so."""
     args, found = setting.args, []
     per_round = max(1, round(rate * args.seconds))
     for turn, name in phases(contestants, args.rounds):
         progress(f"{trace.name} {load}, round {turn + 1}: {name}")
         offered = setting.load(trace, start + turn * per_round, rate, args.seconds)
-        phase = contestants[name](offered)
+        try:
+            phase = contestants[name](offered)
+        except (httpx.HTTPError, RuntimeError) as error:
+            log(f"{trace.name} {load} {turn + 1} {name}: left out, {error!r}; its log is in {keep_log(setting, name)}")
+            continue
         found.append(Sample(trace.name, load, name, turn, phase))
         failed = sum(not r.ok for r in phase.records)
         log(
@@ -212,14 +227,14 @@ def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
-    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 7, with --quick 8)")
-    found.add_argument("--rounds", type=int, help="default: 3, with --quick 1")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 5, with --quick 8)")
+    found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
     found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="frequencies of temporal sharing, 0: dynamic (default: 128 0)")
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
-    args.seconds = args.seconds or (8.0 if args.quick else 7.0)
-    args.rounds = args.rounds or (1 if args.quick else 3)
+    args.seconds = args.seconds or (8.0 if args.quick else 5.0)
+    args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [128, 0])
     if args.rates and len(args.rates) != len(loads(args)):
         found.error(f"--rates needs one rate for each of the loads {', '.join(loads(args))}")

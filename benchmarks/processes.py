@@ -56,7 +56,7 @@ def vllm_server(python: Path, model: Path, log_file: Path, cores: Sequence[int],
     environment = {
         "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # the default reserves a core for the HTTP server
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
