@@ -135,7 +135,7 @@ def test_a_job_the_engine_refuses_fails(client: OpenAI, data: str) -> None:
 
 def test_the_project_is_the_tenant(client: OpenAI, data: str) -> None:
     job = create(client.with_options(project="broke"), data)
-    assert "'broke'" in wait_for_job(client, job.id, "failed").error.message
+    assert "'broke'" in wait(client, job.id, "failed").error.message
 
 
 def test_examples_that_are_all_too_long_fail_the_job(client: OpenAI, data: str) -> None:
