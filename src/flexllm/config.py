@@ -126,7 +126,7 @@ class FinetuneConfig:
     max_steps: int | None = None
     eval_every: int | None = None  # optimizer steps; None: each epoch
     checkpoint_every: int | None = None  # optimizer steps; None: each epoch
-    priority: float = 1.0  # fair-share weight
+    priority: float = 1.0  # fair-share weight among the jobs of a tenant
     save_level: str = "auto"  # what the forward stores for the backward, a name of compiler/levels.py; auto: as much as memory allows
 
     def __post_init__(self) -> None:
@@ -185,4 +185,5 @@ class JobSpec:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     peft: PeftConfig = field(default_factory=LoraConfig)
     init_adapter: str | None = None  # a PEFT folder to continue from
+    tenant: str = ""  # whose jobs share time with each other before they do with others'
     resume: bool = False  # go on from output_dir/resume if it is there

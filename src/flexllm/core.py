@@ -160,7 +160,8 @@ class FinetuneJob:
     max_steps: int | None = None
     seed: int = 0
     shuffle: bool = True
-    weight: float = 1.0  # fair share
+    weight: float = 1.0  # fair share among the jobs of its tenant
+    tenant: str = ""  # tenants share equally
     valid_lengths: SequenceOf[int] = ()
     eval_every: int | None = None  # optimizer steps between validation passes; None: at the end of each epoch
     # filled by the engine when it compiles the job

@@ -99,6 +99,8 @@ class FakeEngine:
     def add_job(self, spec: JobSpec) -> None:
         if spec.peft.r > 256:
             raise ValueError(f"r must be at most 256, got {spec.peft.r}")
+        if spec.tenant == "broke":
+            raise ValueError("the tenant 'broke' has no money")
         data = TokenizedDataset.load(spec.train_path)
         steps = -(-len(data) // spec.finetune.group_size) * spec.finetune.num_epochs
         job = FakeJob(spec, min(steps, spec.finetune.max_steps or steps))

@@ -133,6 +133,11 @@ def test_a_job_the_engine_refuses_fails(client: OpenAI, data: str) -> None:
     assert client.fine_tuning.jobs.list_events(job.id).data[0].level == "error"
 
 
+def test_the_project_is_the_tenant(client: OpenAI, data: str) -> None:
+    job = create(client.with_options(project="broke"), data)
+    assert "'broke'" in wait(client, job.id, "failed").error.message
+
+
 def test_examples_that_are_all_too_long_fail_the_job(client: OpenAI, data: str) -> None:
     job = create(client, data, extra_body={"max_seq_length": 3})
     failed = wait(client, job.id, "failed")

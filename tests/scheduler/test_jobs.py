@@ -169,6 +169,31 @@ def test_time_is_shared_by_weight():
     assert heavy.step / light.step == pytest.approx(3.0, rel=0.15)
 
 
+def test_tenants_share_equally_however_many_jobs_they_have():
+    engine = FakeEngine(num_blocks=800, idle_slice=0.05)
+    many = [make_job(f"many{i}", [40] * 400, tenant="many", weight=1.0 + i) for i in range(2)]
+    one = make_job("one", [40] * 400, tenant="one")
+    for job in (*many, one):
+        engine.scheduler.add_job(job)
+    for _ in range(900):
+        engine.step()
+    assert many[0].step + many[1].step == pytest.approx(one.step, rel=0.15)
+    assert many[1].step / many[0].step == pytest.approx(2.0, rel=0.2)
+
+
+def test_a_tenant_that_comes_later_has_no_claim_on_the_past():
+    engine = FakeEngine(num_blocks=800, idle_slice=0.05)
+    first, second = make_job("first", [40] * 400, tenant="a"), make_job("second", [40] * 400, tenant="b")
+    engine.scheduler.add_job(first)
+    for _ in range(300):
+        engine.step()
+    before = first.step
+    engine.scheduler.add_job(second)
+    for _ in range(600):
+        engine.step()
+    assert second.step == pytest.approx(first.step - before, rel=0.15)
+
+
 def test_a_latecomer_has_no_claim_on_the_past():
     engine = FakeEngine(num_blocks=400)
     first, second = make_job("first", [40] * 400), make_job("second", [40] * 400)

@@ -99,6 +99,7 @@ class TrainingJob:
             seed=config.seed,
             shuffle=config.shuffle,
             weight=config.priority,
+            tenant=spec.tenant,
             valid_lengths=[n + virtual for n in valid.lengths] if valid else (),
             eval_every=config.eval_every,
             num_layers=compiler.num_layers,

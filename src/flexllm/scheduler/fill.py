@@ -215,7 +215,7 @@ class SlackFill:
     def _charge(self, state: JobState, added: PlanFeatures) -> None:
         self.features += added
         predicted = self._latency.predict(self.features)
-        state.job.served += (predicted - self.predicted) / state.job.weight
+        self._jobs.charge(state.job, predicted - self.predicted)
         self.predicted = predicted
 
 

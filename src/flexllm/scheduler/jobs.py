@@ -99,6 +99,7 @@ class JobTable:
         self._max_sequences = max_sequences
         self._watermark = max(1, pool.num_blocks // 100)
         self._states: dict[str, JobState] = {}
+        self._served: dict[str, float] = {}  # finetuning seconds received by each tenant that has unfinished jobs
         self._ids = count()
         self._released: dict[int, Sequence] = {}  # since the last plan that ran: what the trainer has to drop,
         self._restarted: dict[str, FinetuneJob] = {}  # and whose gradients it has to zero
@@ -140,6 +141,7 @@ class JobTable:
         state = self._states.pop(job_id, None)
         if state is None:
             return []
+        self._forget_tenant(state.job.tenant)
         dropped = list(state.admitted.values())
         for sequence in dropped:
             self._free(state, sequence)
@@ -151,13 +153,19 @@ class JobTable:
 
     # --------------------------------------------------------------------------------------------------------- planning
     def take_turns(self) -> list[JobState]:
-        """Jobs that may be given time, the one that has had least of it first; each with a group under way."""
+        """Jobs that may be given time: those of the tenant that has had least of it first, and of these the one that has; each with
+        a group under way."""
         active = [s for s in self._states.values() if s.is_active]
         for state in active:
             state.job.status = JobStatus.RUNNING
             if not state.job.group:
                 state.begin_group(self._ids)
-        return sorted(active, key=lambda s: s.job.served)
+        return sorted(active, key=lambda s: (self._served[s.job.tenant], s.job.served))
+
+    def charge(self, job: FinetuneJob, seconds: float) -> None:
+        """Book time given to a job."""
+        job.served += seconds / job.weight
+        self._served[job.tenant] += seconds
 
     def drop_paused(self) -> None:
         for state in self._states.values():
@@ -252,6 +260,7 @@ class JobTable:
                 assert sequence.forward_done or not sequence.backward_begun
                 assert self._budget.held_by(_owner(sequence)) == _saved_bytes(sequence)
         assert sum(len(s.admitted) for s in self._states.values()) <= self._max_sequences
+        assert self._served.keys() == {s.job.tenant for s in self._states.values()}
         self._budget.check_integrity()
 
     def blocks_held(self) -> list[int]:
@@ -280,8 +289,17 @@ class JobTable:
             )
 
     def _catch_up(self, job: FinetuneJob) -> None:
-        """A job that comes to the others starts level with them: it has no claim on time from before it was here."""
-        job.served = max(job.served, min((s.job.served for s in self._states.values() if s.is_active), default=0.0))
+        """A job that comes to the others starts level with them, and so does a tenant: it has no claim on time from before it was here."""
+        active = [s.job for s in self._states.values() if s.is_active]
+        job.served = max(job.served, min((j.served for j in active if j.tenant == job.tenant), default=0.0))
+        if all(j.tenant != job.tenant for j in active):
+            level = min((self._served[j.tenant] for j in active), default=0.0)
+            self._served[job.tenant] = max(self._served.get(job.tenant, 0.0), level)
+
+    def _forget_tenant(self, tenant: str) -> None:
+        """If it has no jobs any more."""
+        if all(s.job.tenant != tenant for s in self._states.values()):
+            del self._served[tenant]
 
     def _promised(self) -> int:
         """Pages that admitted sequences have yet to take."""
@@ -326,6 +344,7 @@ class JobTable:
         state.end_group()
         if state.job.status.is_final:
             del self._states[state.job.id]
+            self._forget_tenant(state.job.tenant)
 
     def _free(self, state: JobState, sequence: Sequence) -> None:
         del state.admitted[sequence.id]

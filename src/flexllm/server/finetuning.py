@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 
 from flexllm.peft.config import PeftConfig
 from flexllm.server.context import Context, get_context
@@ -25,7 +25,9 @@ ORGANIZATION_ID = "org-local"
 
 
 @router.post("")
-async def create_job(body: JobRequest, context: ContextParam) -> dict[str, Any]:
+async def create_job(
+    body: JobRequest, context: ContextParam, project: Annotated[str, Header(alias="OpenAI-Project", max_length=256)] = ""
+) -> dict[str, Any]:
     base = context.find_model(body.model)
     training = _usable_file(context, body.training_file, "training_file")
     if body.validation_file is not None:
@@ -52,6 +54,7 @@ async def create_job(body: JobRequest, context: ContextParam) -> dict[str, Any]:
         suffix=body.suffix,
         metadata=body.metadata,
         init_adapter=None if base is None else base.path,
+        tenant=project,
     )
     context.finetuning.create(job)
     return show_job(context, job)

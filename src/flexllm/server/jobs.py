@@ -246,6 +246,7 @@ class JobService:
             finetune=job.finetune,
             peft=job.peft,
             init_adapter=job.init_adapter,
+            tenant=job.tenant,
             resume=True,
         )
 

@@ -50,6 +50,7 @@ class JobRecord(msgspec.Struct, kw_only=True):
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     init_adapter: str | None = None  # the folder of the fine-tuned model it continues
+    tenant: str = ""  # the OpenAI-Project that made it
     prepared: bool = False
     fine_tuned_model: str | None = None
     finished_at: int | None = None
