@@ -15,6 +15,7 @@ from flexllm.peft.config import LoraConfig, PeftConfig
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
 INTERACTIVE, BATCH = "interactive", "batch"  # classes of requests
+PATIENCE = 0.1  # of the tightest TTFT objective
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -92,7 +93,7 @@ class SchedulerConfig:
     max_waiting: int = 4096  # beyond it, new requests are refused (429)
     max_window_rows: int = 512  # finetuning forward rows per iteration
     max_sequences: int = 8  # training sequences in flight, all jobs
-    idle_slice: float = 0.5  # seconds of finetuning in an iteration; a request that comes meanwhile interrupts it at the next layer
+    idle_slice: float = 0.5  # seconds of finetuning in an iteration; a request that comes meanwhile interrupts it
     temporal_inference_steps: int = 64  # mode `temporal`: inference iterations between two finetuning ones; 0: dynamic
 
     def __post_init__(self) -> None:
@@ -104,6 +105,11 @@ class SchedulerConfig:
 
     def slo_of(self, request_class: str) -> SLO:
         return self.class_slos.get(request_class, self.slo)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a newcomer waits for windows under way before they are dropped, and their work with them."""
+        return PATIENCE * min(slo.ttft for slo in (self.slo, *self.class_slos.values()))
 
 
 @dataclass(frozen=True)

@@ -328,9 +328,9 @@ def _pairs(start: int, end: int) -> int:
     return s * start + s * (s + 1) // 2
 
 
-def never() -> bool:
-    """Nobody interrupts."""
-    return False
+def nobody_waits() -> float:
+    """Seconds that a newcomer has waited: none, for nobody came."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from flexllm.batch import FusedBatch
 from flexllm.config import EngineConfig, JobSpec
-from flexllm.core import FinetuneJob, JobEvent, JobStatus, Request, StepPlan, StepResult, TokenLogprob, TokenOutput, WindowLoss, never
+from flexllm.core import (
+    FinetuneJob,
+    JobEvent,
+    JobStatus,
+    Request,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+    TokenOutput,
+    WindowLoss,
+    nobody_waits,
+)
 from flexllm.finetune.job import TrainingJob
 from flexllm.finetune.trainer import Trainer
 from flexllm.memory.block_pool import BlockPool
@@ -82,14 +93,15 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------------- the loop
     @torch.no_grad()
-    def step(self, interrupted: Callable[[], bool] = never) -> StepResult:
+    def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:
         """One iteration: some rows of some requests, some rows of some training sequences, one pass.
 
-        `interrupted` says that somebody came: finetuning then gives way at the next layer, and does it again another time.
+        `waited` says for how many seconds a newcomer has waited (0: nobody came). The backward stops at once, after its slice; windows
+        stop at the next layer once the newcomer's patience is over, and go forward again another time.
         """
         start = self.clock()
         plan = self.scheduler.schedule(start)
-        plan, tokens, losses = self.execute(plan, interrupted)
+        plan, tokens, losses = self.execute(plan, waited)
         result = StepResult(tokens, losses, start, self.clock())
         self.last_step = plan, result
         outputs = self._finish_requests(self.scheduler.update(plan, result))
@@ -99,20 +111,24 @@ class Engine:
         return result
 
     def execute(
-        self, plan: StepPlan, interrupted: Callable[[], bool] = never
+        self, plan: StepPlan, waited: Callable[[], float] = nobody_waits
     ) -> tuple[StepPlan, dict[str, TokenLogprob], tuple[WindowLoss, ...]]:
         """Carry out a plan: what of it was done, tokens by request id, and the windows' losses."""
+
+        def impatient() -> bool:
+            return waited() > self.config.scheduler.patience
+
         self.trainer.begin(plan)
         tokens: dict[str, TokenLogprob] = {}
         losses: tuple[WindowLoss, ...] | None = ()
         if plan.inference or plan.windows:
             batch = FusedBatch.build(plan, self.cache, self.adapter_pool, self.model.rope, self.trainer.states)
-            hidden = self.model.forward(batch, self.cache, interrupted)
+            hidden = self.model.forward(batch, self.cache, impatient)
             tokens = self._sample(hidden, batch)
-            losses = self.trainer.finish_forward(hidden, batch, interrupted)
+            losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:
             return replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens, ()
-        done = self.trainer.run_backward(plan, interrupted)
+        done = self.trainer.run_backward(plan, lambda: waited() > 0)
         if done < len(plan.backward):
             return replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses
         self.trainer.step_optimizers(plan.optimizer_steps, self.clock())

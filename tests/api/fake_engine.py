@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer  # flexllm's own brings transformers with it, seconds per process
 
 from flexllm.config import EngineConfig, JobSpec
-from flexllm.core import FinishReason, JobEvent, JobStatus, Request, RequestStatus, StepResult, TokenLogprob, TokenOutput, never
+from flexllm.core import FinishReason, JobEvent, JobStatus, Request, RequestStatus, StepResult, TokenLogprob, TokenOutput, nobody_waits
 from flexllm.files import atomic_file
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.model.config import ModelConfig
@@ -124,7 +124,7 @@ class FakeEngine:
         return self._jobs[job_id]
 
     # ------------------------------------------------------------------------------------------------------- iterations
-    def step(self, interrupted: Callable[[], bool] = never) -> StepResult:  # noqa: ARG002  # its steps are short
+    def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:  # noqa: ARG002  # its steps are short
         start = time.monotonic()
         if self.has_work:
             slow = any("SLOW" in self._tokenizer.decode(r.prompt_ids) for r in self._requests.values())

@@ -19,7 +19,7 @@ import transformers
 
 from flexllm.batch import FusedBatch
 from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
-from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingParams, StepPlan, never
+from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingParams, StepPlan, nobody_waits
 from flexllm.engine import Engine
 from flexllm.finetune.data import IGNORE, TokenizedDataset
 from flexllm.model import default_model
@@ -81,13 +81,13 @@ class Run:
 
     engine: Engine
     check: bool = True  # the scheduler's integrity, after every iteration
-    interrupted: Callable[[], bool] = never
+    waited: Callable[[], float] = nobody_waits
     tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     events: list[JobEvent] = field(default_factory=list)
     plans: list[StepPlan] = field(default_factory=list)
 
     def step(self) -> None:
-        result = self.engine.step(self.interrupted)
+        result = self.engine.step(self.waited)
         self.plans.append(self.engine.last_step[0])
         self.events += result.events
         for output in result.outputs:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexllm.batch import FusedBatch
-from flexllm.core import FinetuneJob, JobEvent, JobStatus, Sequence, StepPlan, TokenWindow, WindowLoss, never
+from flexllm.core import FinetuneJob, JobEvent, JobStatus, Sequence, StepPlan, TokenWindow, WindowLoss
 from flexllm.finetune.backward import run_slice
 from flexllm.finetune.checkpoint import BackgroundWriter
 from flexllm.finetune.job import LossSums, TrainingJob
@@ -58,7 +58,9 @@ class Trainer:
         program = job.program(sequence.level) if sequence.train else None
         return SequenceState(sequence, ids, targets, job.slot, program, store, job.dropout_seed(sequence))
 
-    def finish_forward(self, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool] = never) -> tuple[WindowLoss, ...] | None:
+    def finish_forward(
+        self, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[WindowLoss, ...] | None:
         """hidden [N, d]; see finetune/window.py. None: the windows did not come to their end, and will go forward again."""
         losses = finish_forward(self.model, hidden, batch, interrupted)
         if losses is None:
@@ -73,7 +75,7 @@ class Trainer:
                 self._finish_validation(sequence)
         return losses
 
-    def run_backward(self, plan: StepPlan, interrupted: Callable[[], bool] = never) -> int:
+    def run_backward(self, plan: StepPlan, interrupted: Callable[[], bool] = lambda: False) -> int:
         """Slices until `interrupted`; returns how many were run."""
         for done, work in enumerate(plan.backward):
             if interrupted():

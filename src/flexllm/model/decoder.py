@@ -12,7 +12,6 @@ from flexllm.batch import FusedBatch
 from flexllm.compiler.levels import JobCompiler
 from flexllm.compiler.program import ForwardPrograms
 from flexllm.compiler.remat import DeviceCosts
-from flexllm.core import never
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig, rope_frequencies
 from flexllm.model.layer import site_shapes
@@ -119,7 +118,7 @@ class Decoder:
         head = 0 if self.head.weight is self.embed else self.head.weight.nbytes
         return self.embed.nbytes + head + sum(w.weight.nbytes for w in linears)
 
-    def forward(self, batch: FusedBatch, cache: KVCache, interrupted: Callable[[], bool] = never) -> Tensor:
+    def forward(self, batch: FusedBatch, cache: KVCache, interrupted: Callable[[], bool] = lambda: False) -> Tensor:
         """Hidden states [N, d] before the final norm; K and V of every row go to the pages, saved values to their stores.
 
         Once `interrupted`, the window rows end at the next layer: what is returned are the rows before them.

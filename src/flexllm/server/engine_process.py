@@ -41,7 +41,7 @@ class EngineLike(Protocol):
     def pause_job(self, job_id: str) -> None: ...
     def resume_job(self, job_id: str) -> None: ...
     def cancel_job(self, job_id: str) -> None: ...
-    def step(self, interrupted: Callable[[], bool] = ...) -> StepResult: ...
+    def step(self, waited: Callable[[], float] = ...) -> StepResult: ...
     def stats(self) -> dict[str, Any]: ...
     def shutdown(self) -> None: ...
 
@@ -91,6 +91,7 @@ class EngineLoop:
         self._waiting: dict[str, Request] = {}  # those the engine has not run yet
         self._queue_seconds: list[float] = []
         self._reported = 0.0
+        self._came: float | None = None  # when the first command of those that wait was seen
         self.ready = False
 
     def stop(self) -> None:
@@ -172,7 +173,8 @@ class EngineLoop:
 
     # ------------------------------------------------------------------------------------------------------ iterations
     def _step(self) -> None:
-        result = self._engine.step(interrupted=lambda: self._socket.poll(0) != 0)
+        self._came = None
+        result = self._engine.step(self._waited)
         self._progressing = bool(result.outputs or result.events) or result.seconds >= EMPTY_STEP_SECONDS
         if result.outputs:
             self.send(protocol.Outputs(result.outputs))
@@ -184,6 +186,12 @@ class EngineLoop:
         for request in begun:
             del self._waiting[request.id]
             self._queue_seconds.append(result.start - request.arrival)
+
+    def _waited(self) -> float:
+        """Seconds since a command came while an iteration runs; 0 if none did."""
+        if self._came is None and self._socket.poll(0):
+            self._came = time.monotonic() - 1e-6
+        return 0.0 if self._came is None else time.monotonic() - self._came
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -23,11 +23,11 @@ class Iteration:
     def begin(cls, plan: StepPlan, start: float, factor: float, latency: LatencyModel) -> Iteration:
         return cls(plan, start, start + factor * latency.predict(features_of(plan)), factor)
 
-    def interrupted(self, now: float, latency: LatencyModel) -> Iteration:
+    def interrupted(self, now: float, latency: LatencyModel, patience: float) -> Iteration:
         """What is left of it when a request comes `now`, before its end: finetuning stops at the next boundary.
 
-        In the forward that is the next layer (inference goes on alone through the others, and the windows are not done), in the
-        backward the end of the slice under way. An optimizer step that has begun is finished.
+        In the forward that is the next layer after its `patience` (inference goes on alone through the others, and the windows are
+        not done), in the backward the end of the slice under way. An optimizer step that has begun is finished.
         """
         assert self.start <= now < self.end
         plan = self.plan
@@ -36,9 +36,10 @@ class Iteration:
         alone = replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True)
         if plan.windows:
             whole, rest = (self.factor * latency.predict(features_of(p)) for p in (replace(alone, windows=plan.windows), alone))
-            if now - self.start <= whole:
+            spent = now + patience - self.start
+            if spent < whole:
                 layers = plan.windows[0].sequence.job.num_layers
-                share = math.ceil((now - self.start) / whole * layers) / layers
+                share = math.ceil(spent / whole * layers) / layers
                 return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
 
         def cut(slices: int) -> Iteration:

@@ -108,7 +108,7 @@ class Replica:
         """A request comes, not before the iteration under way began. If it finetunes it is cut short: `now` may go back, but not
         beyond the arrival."""
         if self.under_way is not None and arrival.time < self.now:
-            self.under_way = self.under_way.interrupted(arrival.time, self.machine.latency)
+            self.under_way = self.under_way.interrupted(arrival.time, self.machine.latency, self.config.patience)
             self.now = self.under_way.end
         self.now = max(self.now, arrival.time)
         record = RequestRecord(arrival.time, arrival.prompt_tokens, arrival.output_tokens, arrival.adapter, arrival.priority, self.index)
