@@ -126,12 +126,12 @@ def burst(result: Result) -> bytes:
     over = "" if smooth == 1 else f", mean of {smooth} s"
     for name, kind in (("forward", "window"), ("backward", "backward")):
         values = _smoothed(columns[f"finetune_{name}_tok_s"], smooth)
-        training.stairs(values, edges, color=COLOURS[kind], lw=1.4, label=f"finetuning, {name}{over}")
-    training.axhline(result["finetune_tok_s_usual"], **BOUND, label="usual before the burst")
+        training.stairs(values, edges, color=COLOURS[kind], lw=1.4, label=f"{name}{over}")
+    training.axhline(result["finetune_tok_s_usual"], **BOUND, label="usual")
     training.set_ylabel("tokens/s")
     if result.get("comes_back_seconds") is not None:
         back = result["burst_over_at"] + result["comes_back_seconds"]
-        training.axvline(back, color=GREEN, lw=1.4, label=f"back {result['comes_back_seconds']:.1f} s after its last answer")
+        training.axvline(back, color=GREEN, lw=1.4, label=f"back {result['comes_back_seconds']:.1f} s after the burst")
     gaps.plot(columns["second"] + 0.5, columns["p99_gap_ms"], ".", color=BLACK, ms=4, label="p99 gap between tokens")
     gaps.axhline(1e3 * result["slo"]["tpot_s"], **BOUND, label="TPOT objective (of the mean)")
     gaps.set(ylabel="ms", xlabel="seconds", xlim=(0, edges[-1]))
