@@ -148,7 +148,7 @@ def memory(result: Result) -> bytes:
 def latency(result: Result) -> bytes:
     figure, axes = figure_of(1, 2, 5.2, 4.4)
     scatter, errors = axes[0]
-    samples = result["samples"]["kind_predicted_measured"]
+    samples = [sample for part, *sample in result["samples"]["part_kind_predicted_measured"] if part == "held_out"]
     kinds = sorted({kind for kind, _, _ in samples})
     for kind, colour, marker in zip(kinds, (BLUE, GREEN, ORANGE, RED, PINK, SKY, BLACK, QUIET) * 4, "os^vDXP*" * 4, strict=False):
         predicted, measured = (np.array([s[i] for s in samples if s[0] == kind]) for i in (1, 2))
