@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The grid in full takes 32 of its 40 minutes; VLLM_PYTHON (benchmarks/README.md) adds the contestants that need vLLM.
+# The grid in full takes some 20 minutes; VLLM_PYTHON (benchmarks/README.md) adds the contestants that need vLLM.
 bench: setup
 	$(BIN)/python benchmarks/coserve.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/schedule.py
