@@ -134,7 +134,7 @@ class HybridTokenScheduler:
         return chunks, features
 
     def _slack(self, now: float) -> float:
-        """Seconds that the iteration may take by prediction; those of a newcomer's patience if nobody is here."""
+        """Seconds that the iteration may take by prediction; `idle_slice` if nobody is here."""
         if self.config.mode == "finetune" or not len(self._requests):
             return self.config.idle_slice
         return self._in_time(self._requests.slack(now))
