@@ -9,7 +9,8 @@ import typer
 
 from flexllm import config as settings
 from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Quantization, Threads, model_ref
-from flexllm.config import BATCH, SLO, CacheConfig, EngineConfig, SchedulerConfig
+from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
+from flexllm.core import BATCH
 
 
 def serve(

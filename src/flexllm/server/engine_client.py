@@ -17,8 +17,8 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from flexllm.config import INTERACTIVE, EngineConfig, shorten_spinning
-from flexllm.core import JobEvent, SamplingParams, TokenOutput
+from flexllm.config import EngineConfig, shorten_spinning
+from flexllm.core import INTERACTIVE, JobEvent, SamplingParams, TokenOutput
 from flexllm.server import protocol
 from flexllm.server.engine_process import EngineFactory, build_engine, run_engine
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from flexllm.config import BATCH, INTERACTIVE
-from flexllm.core import SamplingParams
+from flexllm.core import BATCH, INTERACTIVE, SamplingParams
 from flexllm.server.errors import bad_request
 
 MAX_CHOICES = 128
