@@ -423,6 +423,15 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Execution:
+    """What carrying out a plan came to."""
+
+    plan: StepPlan  # what of it was done
+    tokens: Mapping[str, TokenLogprob] = field(default_factory=dict)  # request id -> what was sampled
+    losses: tuple[WindowLoss, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     tokens: Mapping[str, TokenLogprob]  # request id -> what was sampled
     losses: tuple[WindowLoss, ...] = ()
