@@ -8,7 +8,7 @@ from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
 from flexllm.scheduler.headroom import Reserve
-from flexllm.scheduler.jobs import JobTable
+from flexllm.scheduler.jobs import JobTable, Work
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
 
@@ -39,6 +39,7 @@ class HybridTokenScheduler:
         self._num_updates = 0
         self._inference_streak = 0  # mode `temporal`: iterations since finetuning had its turn
         self._inference_seconds = 0.0  # predicted, of the last inference rows planned
+        self._work_seconds: dict[Work, float] = {}  # the same of each piece of finetuning in the last plan
 
     # -------------------------------------------------------------------------------------------------- requests and jobs
     def add_request(self, request: Request) -> None:
@@ -106,7 +107,7 @@ class HybridTokenScheduler:
         """Book what an iteration did, `plan` being what of its plan was done; returns the tokens it sampled. What was removed since it was
         planned is passed over."""
         outputs = self._requests.advance(plan.inference, result)
-        self._jobs.advance(plan)
+        self._jobs.advance(plan, self._work_seconds)
         if not plan.interrupted:
             self.latency.observe(features_of(plan), result.seconds)
             if plan.inference and (plan.windows or plan.backward):
@@ -159,6 +160,7 @@ class HybridTokenScheduler:
         if turns:
             fill.give_turns(turns, share=0 if self._requests.page_blocked else max(1, self.config.max_sequences // len(turns)))
         self.starved_iterations += bool(turns) and fill.is_empty
+        self._work_seconds = fill.seconds
         return StepPlan(
             inference=inference,
             windows=tuple(fill.windows),
