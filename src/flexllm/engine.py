@@ -278,14 +278,15 @@ class Engine:
         return events
 
     # ------------------------------------------------------------------------------------------------------------ state
-    def shutdown(self) -> None:
-        """Write every running job's durable state; the engine is not used afterwards."""
+    def shutdown(self) -> tuple[JobEvent, ...]:
+        """Write every running job's durable state; the engine is not used afterwards. Returns what no step has told of its jobs."""
         for training in list(self.trainer.jobs.values()):
             self.trainer.save_resume(training, self.clock())
         self.trainer.writer.drain()
         self.latency.save(self._profile_path())
         if self.trace:
             self.trace.close()
+        return self.trainer.take_events()
 
     def stats(self) -> dict[str, Any]:
         """For metrics and live views; cheap."""
