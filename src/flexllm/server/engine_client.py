@@ -220,8 +220,9 @@ class EngineClient:
         """One life of the engine process, from its start until it has ended and its last message is read."""
         self.fatal, self.progress = None, protocol.Progress("starting", 0.0)
         self.starts += 1
-        with tempfile.TemporaryDirectory(prefix="flexllm-") as folder, zmq.asyncio.Context() as context:
-            address = f"ipc://{folder}/engine"
+        folder = tempfile.TemporaryDirectory(prefix="flexllm-")  # of the socket's name, until the engine has found it
+        with folder, zmq.asyncio.Context() as context:
+            address = f"ipc://{folder.name}/engine"
             with context.socket(zmq.DEALER) as socket:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)
@@ -232,7 +233,7 @@ class EngineClient:
                     target=run_engine, args=(self._config, address, os.getpid(), self._build), name="flexllm-engine"
                 )
                 self._process.start()
-                receiver = asyncio.create_task(self._receive(socket))
+                receiver = asyncio.create_task(self._receive(socket, on_first=folder.cleanup))
                 try:
                     await self._process_end()
                     await asyncio.wait({receiver}, timeout=0.2)  # what it said last
@@ -263,7 +264,10 @@ class EngineClient:
                 reply.set_exception(error)
         self._on_loss()
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+    async def _receive(self, socket: zmq.asyncio.Socket, on_first: Callable[[], None]) -> None:
+        """`on_first` is called when the first message is here."""
+        await socket.poll()
+        on_first()
         while True:
             message = protocol.decode_message(await socket.recv())
             try:
