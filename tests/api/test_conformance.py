@@ -194,6 +194,14 @@ def test_a_vanished_client_frees_its_pages(server: Server) -> None:
     eventually(lambda: server.stats()["requests"]["running"] == 0 and server.stats()["kv_usage"] == 0)
 
 
+def test_the_example_runs(server: Server) -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "client.py"), "--url", server.url, "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Step 20/20" in done.stdout
+    assert "finetuned:" in done.stdout
+
+
 def test_kill_and_start_again_loses_nothing(server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(server.state_dir / "profiles", tmp_path / "profiles")  # measured once is enough
     scratch = tmp_path / "tmp"
