@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from flexllm.scheduler.latency import PlanFeatures
 
 
 # ---------------------------------------------------------------------------------------------------------- inference
@@ -220,7 +223,8 @@ class Sequence:
 
     def lowest_of_slice(self, layer: int) -> int:
         """The layer in which a backward slice that starts at `layer` ends."""
-        return max(layer - self.save_level.depth + 1, self.job.lowest_layer)
+        job = self.job
+        return max(layer - job.levels[self.level].depth + 1, job.lowest_layer)
 
     @property
     def backward_begun(self) -> bool:
@@ -348,12 +352,17 @@ class StepPlan:
     restarted: tuple[FinetuneJob, ...] = ()  # groups rewound after backward had begun; the trainer zeroes their gradients
     slack: float = math.inf  # seconds until the earliest deadline at planning time, margin taken off
     predicted: float = 0.0  # seconds, by the latency model
+    features: PlanFeatures | None = None  # of all of it, as `features_of` counts them; None where no scheduler made the plan
     interrupted: bool = False  # a request came: this is what was done of a longer plan
 
     @property
     def is_empty(self) -> bool:
         """Nothing to execute. A plan that only takes memory back is not empty: the trainer has to hear of it."""
         return not (self.inference or self.windows or self.backward or self.optimizer_steps or self.released or self.restarted)
+
+    def cut(self, windows: tuple[TokenWindow, ...] = (), backward: tuple[BackwardSlice, ...] = ()) -> StepPlan:
+        """What was done of it when a request came: the inference and so much of the finetuning."""
+        return replace(self, windows=windows, backward=backward, optimizer_steps=(), features=None, interrupted=True)
 
     @property
     def inference_rows(self) -> int:

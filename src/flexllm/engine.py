@@ -127,10 +127,10 @@ class Engine:
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:
-            return replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens, ()
+            return plan.cut(), tokens, ()
         done = self.trainer.run_backward(plan, lambda: waited() > 0)
         if done < len(plan.backward):
-            return replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses
+            return plan.cut(plan.windows, plan.backward[:done]), tokens, losses
         self.trainer.step_optimizers(plan.optimizer_steps, self.clock())
         return plan, tokens, losses
 

@@ -78,8 +78,8 @@ class RequestQueues:
             )
         if self.num_waiting >= self._config.max_waiting:
             raise QueueFullError(f"{self.num_waiting} requests are waiting already")
-        max_len = request.max_len or len(request.prompt_ids) + request.sampling.max_tokens
-        request.max_len = min(max_len, self._pool.capacity)
+        max_len = len(request.prompt_ids) + request.sampling.max_tokens
+        request.max_len = min(request.max_len or max_len, max_len, self._pool.capacity)
         self._requests[request.id] = request
         self._class_of(request).waiting.append(request)
         self.num_waiting += 1
@@ -160,30 +160,39 @@ class RequestQueues:
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
-        """Book what an iteration computed and sampled. Requests removed since it was planned are passed over."""
+        """Book what an iteration computed and sampled. Requests removed since it was planned are passed over.
+
+        Written out in one loop, because it runs for every token.
+        """
         outputs = []
-        for chunk in chunks:
-            request = chunk.request
-            if self._requests.get(request.id) is not request:
+        tokens, now, classes, page = result.tokens, result.end, self._classes, self._pool.block_size
+        new = tuple.__new__  # the constructors of named tuples are Python frames: twice the cost
+        for request, _, end, sample in chunks:
+            request_id = request.id
+            if self._requests.get(request_id) is not request:
                 continue
-            request.num_computed = chunk.end
-            if not chunk.sample:
+            request.num_computed = end
+            if not sample:
                 continue
-            sampled = result.tokens[request.id]
-            request.output_ids.append(sampled.token_id)
-            request.last_token_time = result.end
-            if request.first_token_time is None:
-                request.first_token_time = result.end
-            if request.id in self._decoding:
+            sampled = tokens[request_id]
+            token = sampled.token_id
+            request.output_ids.append(token)
+            request.last_token_time = now
+            if request_id in self._decoding:
                 self._decode_context += 1
             else:
-                self._start_decoding(request)
-            reason = _finish_reason(request)
+                self._start_decoding(request, now)
+            reason = _finish_reason(request, token, end + 1)
             if reason is None:
-                self._await_token(request)
+                self._next_rows[request_id] = new(InferenceChunk, (request, end, end + 1, True))
+                # each token is due `tpot` later than the one before it was, the second so much after the first came
+                tpot = classes[request.priority].slo.tpot
+                self._deadlines[request_id] = request.first_token_time + len(request.output_ids) * tpot
+                if end >= len(request.blocks) * page:
+                    self._need_page[request_id] = request
             else:
-                self.remove(request.id, reason)
-            outputs.append(TokenOutput(request.id, sampled.token_id, sampled, reason))
+                self.remove(request_id, reason)
+            outputs.append(new(TokenOutput, (request_id, token, sampled, reason, None, None, 0)))
         return outputs
 
     def check_integrity(self) -> None:
@@ -214,13 +223,6 @@ class RequestQueues:
 
     def _urgency(self, request: Request) -> tuple[float, float]:
         return self._config.slo_of(request.priority).ttft, request.arrival
-
-    @staticmethod
-    def _deadline(request: Request, slo: SLO) -> float:
-        """When the next token is due: the first within `ttft` of arrival, each further one `tpot` later than the last was due."""
-        if request.first_token_time is None:
-            return request.arrival + slo.ttft
-        return request.first_token_time + len(request.output_ids) * slo.tpot
 
     def _prefill_order(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> Iterator[Request]:
         """Class by class: the prefills under way, then newcomers, each admitted when the caller comes to it."""
@@ -281,25 +283,18 @@ class RequestQueues:
         self._pool.free(request.blocks)
         request.blocks = []
 
-    def _start_decoding(self, request: Request) -> None:
+    def _start_decoding(self, request: Request, now: float) -> None:
+        if request.first_token_time is None:
+            request.first_token_time = now
         queue = self._class_of(request)
         queue.prefilling.remove(request)
         queue.num_decoding += 1
         self._decoding[request.id] = request
         self._decode_context += request.num_tokens
 
-    def _await_token(self, request: Request) -> None:
-        new = tuple.__new__  # one per token: the constructor's Python frame would double the cost
-        self._next_rows[request.id] = new(InferenceChunk, (request, request.num_computed, request.num_computed + 1, True))
-        self._deadlines[request.id] = self._deadline(request, self._config.slo_of(request.priority))
-        if not self._has_page(request):
-            self._need_page[request.id] = request
-
-
-def _finish_reason(request: Request) -> FinishReason | None:
-    token, sampling = request.output_ids[-1], request.sampling
+def _finish_reason(request: Request, token: int, num_tokens: int) -> FinishReason | None:
+    """Why a request of so many tokens ends with `token`, the last of them; None if it goes on."""
+    sampling = request.sampling
     if token in sampling.stop_token_ids or (token in request.eos_ids and not sampling.ignore_eos):
         return FinishReason.STOP
-    if len(request.output_ids) >= sampling.max_tokens or request.num_tokens >= request.max_len:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if num_tokens >= request.max_len else None

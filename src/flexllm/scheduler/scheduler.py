@@ -108,7 +108,7 @@ class HybridTokenScheduler:
         outputs = self._requests.advance(plan.inference, result)
         self._jobs.advance(plan)
         if not plan.interrupted:
-            self.latency.observe(features_of(plan), result.seconds)
+            self.latency.observe(plan.features or features_of(plan), result.seconds)
             if plan.inference and (plan.windows or plan.backward):
                 self._reserve.overrun(result.seconds - plan.predicted)
         self._num_updates += 1
@@ -168,6 +168,7 @@ class HybridTokenScheduler:
             restarted=self._jobs.restarted(),
             slack=slack,
             predicted=fill.predicted,
+            features=fill.features,
         )
 
     # ------------------------------------------------------------------------------------------------------ mode temporal
