@@ -292,8 +292,7 @@ class SlicePart(NamedTuple):
         return _pairs(self.start, self.end)
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardSlice:
+class BackwardSlice(NamedTuple):
     """Layers `layer` down to `lowest` of the backward pass, for rows of one or more sequences of the same job and save level
     (they share the GEMMs). More than one layer where the level rebuilds several at a time."""
 
@@ -319,12 +318,12 @@ class BackwardSlice:
 
     @property
     def rows(self) -> int:
-        return sum(p.rows for p in self.parts)
+        return sum([p.rows for p in self.parts])
 
     @property
     def pairs(self) -> int:
         """Query-key pairs times layers."""
-        return self.num_layers * sum(p.pairs for p in self.parts)
+        return self.num_layers * sum([p.pairs for p in self.parts])
 
 
 def _pairs(start: int, end: int) -> int:

@@ -138,16 +138,16 @@ class SlackFill:
         False when the time is used up first.
         """
         while True:
-            cursors = [(s, *self._cursor(s)) for s in cohort]
-            layer = max(layer for _, layer, _ in cursors)
+            cursors = [self._cursor(s) for s in cohort]
+            layer, _ = max(cursors)
             if layer < state.job.lowest_layer:
                 return True
-            level = [(s, row) for s, at, row in cursors if at == layer]
-            whole = sum(row for _, row in level)
+            level = [(s, row) for s, (at, row) in zip(cohort, cursors, strict=True) if at == layer]
+            whole = sum([row for _, row in level])
             limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
             first = cohort[0]
             layers = layer - first.lowest_of_slice(layer) + 1
-            if whole == limit == sum(s.length for s in cohort) and self._add_slices(state, layer, layers, cohort):
+            if whole == limit == sum([s.length for s in cohort]) and self._add_slices(state, layer, layers, cohort):
                 continue
             weight = layers * first.save_level.cost
             rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
@@ -158,7 +158,7 @@ class SlackFill:
                     state.deferred = state.deferred or rows > 0
                     return False
             state.deferred = False
-            self._add_slice(state, BackwardSlice(layer, tuple(_last_rows(level, rows))))
+            self._add_slice(state, BackwardSlice(layer, _last_rows(level, rows)))
             if rows < limit:
                 return False
 
@@ -224,14 +224,16 @@ def _features_of(window: TokenWindow) -> PlanFeatures:
     return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels, windows=1)
 
 
-def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]:
+def _last_rows(level: list[tuple[Sequence, int]], n: int) -> tuple[SlicePart, ...]:
     """The last `n` rows that sequences at one layer have left ((sequence, rows left) each): all of the first, then the next."""
+    parts = []
     for sequence, end in level:
         if n <= 0:
-            return
-        yield SlicePart(sequence, max(0, end - n), end)
+            break
+        parts.append(SlicePart(sequence, max(0, end - n), end))
         n -= end
+    return tuple(parts)
 
 
 def _last_pairs(level: list[tuple[Sequence, int]], layers: int, n: int) -> int:
-    return layers * sum(part.pairs for part in _last_rows(level, n))
+    return layers * sum([part.pairs for part in _last_rows(level, n)])

@@ -185,9 +185,7 @@ class RequestQueues:
             reason = _finish_reason(request, token, end + 1)
             if reason is None:
                 self._next_rows[request_id] = new(InferenceChunk, (request, end, end + 1, True))
-                # each token is due `tpot` later than the one before it was, the second so much after the first came
-                tpot = classes[request.priority].slo.tpot
-                self._deadlines[request_id] = request.first_token_time + len(request.output_ids) * tpot
+                self._deadlines[request_id] = self._deadline(request, classes[request.priority].slo)
                 if end >= len(request.blocks) * page:
                     self._need_page[request_id] = request
             else:
@@ -223,6 +221,13 @@ class RequestQueues:
 
     def _urgency(self, request: Request) -> tuple[float, float]:
         return self._config.slo_of(request.priority).ttft, request.arrival
+
+    @staticmethod
+    def _deadline(request: Request, slo: SLO) -> float:
+        """When the next token is due: the first within `ttft` of arrival, each further one `tpot` later than the last was due."""
+        if request.first_token_time is None:
+            return request.arrival + slo.ttft
+        return request.first_token_time + len(request.output_ids) * slo.tpot
 
     def _prefill_order(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> Iterator[Request]:
         """Class by class: the prefills under way, then newcomers, each admitted when the caller comes to it."""
