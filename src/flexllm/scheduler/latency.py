@@ -154,9 +154,26 @@ class LatencyModel:
         fixed = self._seconds(base) + self._drift * per_slice
         return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
+    def most_backward_slices(self, base: PlanFeatures, sizes: Iterable[tuple[float, int]], budget: float) -> int:
+        """How many backward slices of so many (rows, query-key pairs), the first of them, `base` can have and take <= budget."""
+        per_row, per_pair, per_slice = self._linear[6:9]
+        seconds = self._seconds(base)
+        fit = 0
+        for rows, pairs in sizes:
+            seconds += self._drift * (per_row * rows + per_pair * pairs + per_slice)
+            if seconds > budget:
+                break
+            fit += 1
+        return fit
+
     def error_quantile(self, q: float) -> float:
         """Quantile of measured / predicted - 1 over recent iterations; 0.1 before there are any."""
-        return float(np.quantile(list(self._errors), q)) if self._errors else 0.1
+        if not self._errors:
+            return 0.1
+        errors = sorted(self._errors)
+        low, share = divmod(q * (len(errors) - 1), 1)  # between two of them as in np.quantile, which takes ten times as long
+        below, above = errors[int(low)], errors[min(int(low) + 1, len(errors) - 1)]
+        return below + share * (above - below)
 
     # -------------------------------------------------------------------------------------------------------- learning
     def fit(self, samples: list[tuple[PlanFeatures, float]]) -> None:
