@@ -23,6 +23,7 @@ import numpy as np
 from flexllm.core import Sequence, StepPlan
 
 VERSION = 2  # of a stored profile
+EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
 _SEGMENT_ROWS = np.diff(SEGMENT_STARTS, append=np.inf)  # that fit into each
@@ -213,6 +214,8 @@ class LatencyModel:
         seconds = np.concatenate([self._seconds_of, [t for _, t in self._unseen]])[-self.MEMORY :]
         self._vectors, self._seconds_of, self._unseen = vectors, seconds, []
         residuals = np.abs(vectors @ self._theta / seconds - 1)
+        if residuals.max() < EXACT:
+            return
         huber = np.minimum(1.0, 2 * _median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
         ages = np.arange(len(seconds))[::-1]
         self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber * 0.5 ** (ages / self.HALF_LIFE))

@@ -165,11 +165,13 @@ class RequestQueues:
         Written out in one loop, because it runs for every token.
         """
         outputs = []
-        tokens, now, classes, page = result.tokens, result.end, self._classes, self._pool.block_size
+        tokens, now, page = result.tokens, result.end, self._pool.block_size
+        requests, decoding, classes = self._requests, self._decoding, self._classes
+        next_rows, deadlines, deadline = self._next_rows, self._deadlines, self._deadline
         new = tuple.__new__  # the constructors of named tuples are Python frames: twice the cost
         for request, _, end, sample in chunks:
             request_id = request.id
-            if self._requests.get(request_id) is not request:
+            if requests.get(request_id) is not request:
                 continue
             request.num_computed = end
             if not sample:
@@ -178,14 +180,14 @@ class RequestQueues:
             token = sampled.token_id
             request.output_ids.append(token)
             request.last_token_time = now
-            if request_id in self._decoding:
+            if request_id in decoding:
                 self._decode_context += 1
             else:
                 self._start_decoding(request, now)
             reason = _finish_reason(request, token, end + 1)
             if reason is None:
-                self._next_rows[request_id] = new(InferenceChunk, (request, end, end + 1, True))
-                self._deadlines[request_id] = self._deadline(request, classes[request.priority].slo)
+                next_rows[request_id] = new(InferenceChunk, (request, end, end + 1, True))
+                deadlines[request_id] = deadline(request, classes[request.priority].slo)
                 if end >= len(request.blocks) * page:
                     self._need_page[request_id] = request
             else:

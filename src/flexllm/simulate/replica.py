@@ -150,7 +150,7 @@ class Replica:
         self.under_way = None
         tokens = {request.id: TOKEN for request, _, _, sample in plan.inference if sample}
         if 0 < end <= self.seconds:
-            self.finetune_tokens += sum(item.rows for item in plan.backward if item.lowest == item.job.lowest_layer)
+            self.finetune_tokens += sum([item.rows for item in plan.backward if item.lowest == item.job.lowest_layer])
         self._book(self.scheduler.update(plan, StepResult(tokens, start=start, end=end)), end)
         if self.check:
             self.scheduler.check_integrity()
