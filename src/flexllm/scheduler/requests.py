@@ -299,6 +299,7 @@ class RequestQueues:
         self._decoding[request.id] = request
         self._decode_context += request.num_tokens
 
+
 def _finish_reason(request: Request, token: int, num_tokens: int) -> FinishReason | None:
     """Why a request of so many tokens ends with `token`, the last of them; None if it goes on."""
     sampling = request.sampling

@@ -42,11 +42,14 @@ class Iteration:
                 share = math.ceil(spent / whole * layers) / layers
                 return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
 
-        def cut(slices: int) -> Iteration:
-            return Iteration.begin(plan.cut(plan.windows, plan.backward[:slices]), self.start, self.factor, latency)
+        forward = features_of(plan.cut(plan.windows))
+
+        def end(slices: int) -> float:
+            backward = features_of(StepPlan(backward=plan.backward[:slices]))
+            return self.start + self.factor * latency.predict(forward + backward)
 
         everything = len(plan.backward)
-        slices = bisect_left(range(everything + 1), now, key=lambda n: cut(n).end)
+        slices = bisect_left(range(everything + 1), now, key=end)
         if slices > everything or (slices == everything and not plan.optimizer_steps):
             return self
-        return cut(slices)
+        return replace(self, plan=plan.cut(plan.windows, plan.backward[:slices]), end=end(slices))
