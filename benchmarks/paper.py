@@ -216,10 +216,6 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes) as pool:
         runs = {task: pool.submit(measure, *task, seconds, args.seed) for task in tasks}
         varied = {v: [pool.submit(measure, first, "coserve", rate, seconds, args.seed, v) for rate in ends] for v in VARIANTS}
-        scales = {
-            "replicas": pool.submit(timed, 100 if args.quick else 1000, RATES[-1] / PIPELINES, 2.0 if args.quick else 10.0, args.seed),
-            "hours": pool.submit(timed, 3, 1.9, 60.0 if args.quick else 1800.0, args.seed),
-        }
         models = {}
         for name in MODELS:
             found = {c: {rate: runs[name, c, rate].result() for rate in rates} for c in CONTESTANTS}
@@ -229,7 +225,6 @@ def main() -> None:
         for variant, pair in varied.items():
             light, heavy = (run.result()["finetune_tok_s"] for run in pair)
             variants[variant] = {"finetune_tok_s": [light, heavy], "kept": heavy / light}
-        scale = {name: run.result() for name, run in scales.items()}
     fields = {
         "models": models,
         "paper": paper_figures(),
@@ -237,7 +232,6 @@ def main() -> None:
         "assumptions": ASSUMPTIONS,
         "variants": {"model": first, "rates": list(ends), **variants},
         "workload": {"seconds": seconds, "recorded": TRACE.name if TRACE.exists() else None, "pipelines": PIPELINES, "device": DEVICE},
-        "scale": scale,
         "wall_s": time.perf_counter() - begun,
     }
     finish("paper", args, fields, [])

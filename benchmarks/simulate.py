@@ -26,6 +26,7 @@ from flexllm.scheduler.latency import LatencyModel
 from flexllm.simulate.replica import Machine
 from flexllm.simulate.simulator import SimulationResult, simulate
 from flexllm.simulate.workload import Arrival
+from paper import timed
 from workloads import training_texts
 
 CONTESTANTS = {"inference": "loose", "coserve-loose": "loose", "coserve-strict": "strict"}  # and the SLO each is judged by
@@ -34,6 +35,8 @@ NOISE = 0.3  # sigma of the log of an iteration's time: a shared machine
 WARMUP = 2.0  # seconds that the job has run when requests begin to come
 WIDEST, PRECISION = 16.0, 1.005  # of the fitted factor
 NUM_BLOCKS = 2048  # pages: memory is no limit there
+DAY = 86400.0  # seconds
+DAY_REPLICAS, DAY_RATE = 3, 1.9  # requests/s on each replica: the rate of the recorded trace
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,14 @@ def worst(ratios: Iterable[float | None]) -> float | None:
     return max((r for r in ratios if r is not None), key=lambda r: abs(math.log(r)), default=None)
 
 
+def day(seconds: float, seed: int) -> dict[str, float]:
+    """CPU time of a day of three co-serving replicas, extrapolated from its first `seconds` by the factor given."""
+    found = timed(DAY_REPLICAS, DAY_RATE, seconds, seed)
+    factor = DAY / seconds
+    log(f"a day on {DAY_REPLICAS} replicas: {factor * found['cpu_s']:.0f} s of CPU time, {factor:g} times {found['cpu_s']:.1f} s")
+    return {**found, "extrapolated_by": factor, "day_cpu_s": factor * found["cpu_s"]}
+
+
 def engine(args: argparse.Namespace, state_dir: Path) -> EngineConfig:
     """As coserve.py's servers are set; in a state folder of its own, so that the profile is taken now."""
     return EngineConfig(
@@ -198,6 +209,8 @@ def main() -> None:
         "dedicated": dedicated,
         "worst_ratio": worst(t["finetune_tok_s"]["ratio"] for t in traces.values()),
         "worst_cell_ratio": worst(cells),
+        "day": day(60.0 if args.quick else 1800.0, args.seed),
+        "thousand_replicas": timed(100 if args.quick else 1000, DAY_RATE, 2.0, args.seed),
         "assumptions": {"noise": args.noise, "warmup_s": WARMUP, "fitted": "one factor per cell, on the median TPOT without finetuning"},
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }

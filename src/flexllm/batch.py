@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -70,7 +70,7 @@ class FusedBatch:
         plan: StepPlan, cache: KVCache, pool: AdapterPool, rope: tuple[Tensor, Tensor], states: Mapping[Sequence, SequenceState]
     ) -> FusedBatch:
         """`rope`: cos and sin of every position [max_len, hd]. `states`: the trainer's side of each sequence in the plan."""
-        alone = partial(FusedBatch.build, replace(plan, windows=()), cache, pool, rope, states)
+        alone = partial(FusedBatch.build, plan.cut(), cache, pool, rope, states)
         rows = _Rows(cache)
         decode = list(takewhile(lambda c: c.is_decode, plan.inference))
         for chunk in plan.inference:

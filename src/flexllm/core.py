@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from flexllm.scheduler.latency import PlanFeatures
 
 INTERACTIVE, BATCH = "interactive", "batch"  # classes of requests
 
@@ -222,7 +225,8 @@ class Sequence:
 
     def lowest_of_slice(self, layer: int) -> int:
         """The layer in which a backward slice that starts at `layer` ends."""
-        return max(layer - self.save_level.depth + 1, self.job.lowest_layer)
+        job = self.job
+        return max(layer - job.levels[self.level].depth + 1, job.lowest_layer)
 
     @property
     def backward_begun(self) -> bool:
@@ -290,8 +294,7 @@ class SlicePart(NamedTuple):
         return _pairs(self.start, self.end)
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardSlice:
+class BackwardSlice(NamedTuple):
     """Layers `layer` down to `lowest` of the backward pass, for rows of one or more sequences of the same job and save level
     (they share the GEMMs). More than one layer where the level rebuilds several at a time."""
 
@@ -317,12 +320,12 @@ class BackwardSlice:
 
     @property
     def rows(self) -> int:
-        return sum(p.rows for p in self.parts)
+        return sum([p.rows for p in self.parts])
 
     @property
     def pairs(self) -> int:
         """Query-key pairs times layers."""
-        return self.num_layers * sum(p.pairs for p in self.parts)
+        return self.num_layers * sum([p.pairs for p in self.parts])
 
 
 def _pairs(start: int, end: int) -> int:
@@ -350,12 +353,17 @@ class StepPlan:
     restarted: tuple[FinetuneJob, ...] = ()  # groups rewound after backward had begun; the trainer zeroes their gradients
     slack: float = math.inf  # seconds until the earliest deadline at planning time, margin taken off
     predicted: float = 0.0  # seconds, by the latency model
+    features: PlanFeatures | None = None  # of all of it, as `features_of` counts them; None where no scheduler made the plan
     interrupted: bool = False  # a request came: this is what was done of a longer plan
 
     @property
     def is_empty(self) -> bool:
         """Nothing to execute. A plan that only takes memory back is not empty: the trainer has to hear of it."""
         return not (self.inference or self.windows or self.backward or self.optimizer_steps or self.released or self.restarted)
+
+    def cut(self, windows: tuple[TokenWindow, ...] = (), backward: tuple[BackwardSlice, ...] = ()) -> StepPlan:
+        """What was done of it when a request came: the inference and so much of the finetuning."""
+        return replace(self, windows=windows, backward=backward, optimizer_steps=(), features=None, interrupted=True)
 
     @property
     def inference_rows(self) -> int:

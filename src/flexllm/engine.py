@@ -125,10 +125,10 @@ class Engine:
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:
-            return Execution(replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens)
+            return Execution(plan.cut(), tokens)
         done = self.trainer.run_backward(plan, lambda: waited() > 0)
         if done < len(plan.backward):
-            return Execution(replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses)
+            return Execution(plan.cut(plan.windows, plan.backward[:done]), tokens, losses)
         self.trainer.step_optimizers(plan.optimizer_steps, self.clock())
         return Execution(plan, tokens, losses)
 

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinetuneJob, Request, SamplingParams, SaveLevel, StepPlan, StepResult, TokenLogprob, TokenOutput
 from flexllm.memory.block_pool import BlockPool
@@ -97,6 +99,7 @@ class FakeEngine:
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check_integrity()
         assert abs(self.latency.predict(features_of(plan)) - plan.predicted) < 1e-9
+        assert plan.features == pytest.approx(features_of(plan)), "what it was planned with is what is in it"
         self._check_deadlines(plan)
         if plan.inference:
             preempted = {r.id for r in self.requests.values() if r.num_computed == 0}  # and perhaps admitted again at once

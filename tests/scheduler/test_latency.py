@@ -158,6 +158,12 @@ def test_inverses_are_the_most_that_fits(budget):
     n = model.most_backward_rows(base, 1.0, lambda n: n * n, 500, budget)
     assert n == max([k for k in range(1, 501) if with_slice(k) <= budget + 1e-12], default=0)
 
+    def with_slices(n: int) -> float:
+        return model.predict(base + PlanFeatures(backward_rows=50 * n, backward_pairs=2500 * n, backward_slices=n))
+
+    n = model.most_backward_slices(base, [(50, 2500)] * 40, budget)
+    assert n == max([k for k in range(1, 41) if with_slices(k) <= budget + 1e-12], default=0)
+
 
 def test_a_profile_survives_on_disk_without_the_drift_of_the_day(tmp_path):
     model, rng = profiled(), random.Random(5)

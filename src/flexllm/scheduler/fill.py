@@ -139,31 +139,43 @@ class SlackFill:
         False when the time is used up first.
         """
         while True:
-            cursors = [(s, *self._cursor(s)) for s in cohort]
-            layer = max(layer for _, layer, _ in cursors)
+            cursors = [self._cursor(s) for s in cohort]
+            layer, _ = max(cursors)
             if layer < state.job.lowest_layer:
                 return True
-            level = [(s, row) for s, at, row in cursors if at == layer]
-            whole = sum(row for _, row in level)
+            level = [(s, row) for s, (at, row) in zip(cohort, cursors, strict=True) if at == layer]
+            whole = sum([row for _, row in level])
             limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
             first = cohort[0]
             layers = layer - first.lowest_of_slice(layer) + 1
-            if whole == limit == sum(s.length for s in cohort) and self._add_slices(state, layer, layers, cohort):
+            if whole == limit == sum([s.length for s in cohort]) and self._add_layers(state, layer, layers, cohort):
                 continue
+            slices = _equal_slices(layer, level)
             weight = layers * first.save_level.cost
-            rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
-            if rows < min(limit, MIN_ROWS):
-                if self._is_forced:
-                    rows = min(limit, MIN_ROWS)
-                elif rows == 0 or not state.deferred:
-                    state.deferred = state.deferred or rows > 0
-                    return False
-            state.deferred = False
-            self._add_slice(state, BackwardSlice(layer, tuple(_last_rows(level, rows))))
-            if rows < limit:
+            sizes = [(weight * item.rows, layers * sum([p.pairs for p in item.parts])) for item in slices]
+            fit = self._latency.most_backward_slices(self.features, sizes, self._budget)
+            if fit > 0:
+                self._add_slices(state, slices[:fit], sizes[:fit])
+            if fit < len(slices) and not self._add_rows_of(state, slices[fit]):
                 return False
 
-    def _add_slices(self, state: JobState, layer: int, layers: int, cohort: list[Sequence]) -> int:
+    def _add_rows_of(self, state: JobState, item: BackwardSlice) -> bool:
+        """As many rows of a slice as fit, the last ones. False when the time is used up."""
+        level = [(part.sequence, part.end) for part in item.parts]
+        layers, limit = item.num_layers, item.rows
+        weight = layers * item.parts[0].sequence.save_level.cost
+        rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
+        if rows < min(limit, MIN_ROWS):
+            if self._is_forced:
+                rows = min(limit, MIN_ROWS)
+            elif rows == 0 or not state.deferred:
+                state.deferred = state.deferred or rows > 0
+                return False
+        some = BackwardSlice(item.layer, _last_rows(level, rows))
+        self._add_slices(state, [some], [(some.cost, some.pairs)])
+        return rows == limit
+
+    def _add_layers(self, state: JobState, layer: int, layers: int, cohort: list[Sequence]) -> int:
         """As many whole slices of `layers` layers as fit, from `layer` on: all alike, so they are planned at once. Returns how many."""
         parts = tuple(SlicePart(s, 0, s.length) for s in cohort)
         item = BackwardSlice(layer, parts)
@@ -184,13 +196,17 @@ class SlackFill:
         self._count(PlanFeatures._make(count * value for value in one), *items)
         return count
 
-    def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
-        self.backward.append(item)
+    def _add_slices(self, state: JobState, slices: list[BackwardSlice], sizes: list[tuple[float, int]]) -> None:
+        """Slices of one layer; `sizes`: their (cost, pairs)."""
+        self.backward += slices
         state.waited = 0
-        below = item.lowest - 1
-        for part in item.parts:
-            self._cursors[part.sequence.id] = (item.layer, part.start) if part.start else (below, part.sequence.length)
-        self._count(PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1), item)
+        state.deferred = False
+        layer, below = slices[0].layer, slices[0].lowest - 1
+        for item in slices:
+            for sequence, start, _ in item.parts:
+                self._cursors[sequence.id] = (layer, start) if start else (below, sequence.length)
+        cost, pairs = map(sum, zip(*sizes, strict=True))
+        self._count(PlanFeatures(backward_rows=cost, backward_pairs=pairs, backward_slices=len(slices)), *slices)
 
     def _completes_group(self, state: JobState) -> bool:
         lowest = state.job.lowest_layer
@@ -227,14 +243,30 @@ def _features_of(window: TokenWindow) -> PlanFeatures:
     return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels, windows=1)
 
 
-def _last_rows(level: list[tuple[Sequence, int]], n: int) -> Iterator[SlicePart]:
+def _equal_slices(layer: int, level: list[tuple[Sequence, int]]) -> list[BackwardSlice]:
+    """The rows that sequences have left at a layer ((sequence, rows left) each), the last first, in slices of the same size."""
+    slices = []
+    left = sum([row for _, row in level])
+    while left:
+        rows = -(-left // -(-left // MAX_SLICE_ROWS))
+        parts = _last_rows(level, rows)
+        slices.append(BackwardSlice(layer, parts))
+        sequence, start, _ = parts[-1]
+        level = [(sequence, start), *level[len(parts) :]] if start else level[len(parts) :]
+        left -= rows
+    return slices
+
+
+def _last_rows(level: list[tuple[Sequence, int]], n: int) -> tuple[SlicePart, ...]:
     """The last `n` rows that sequences at one layer have left ((sequence, rows left) each): all of the first, then the next."""
+    parts = []
     for sequence, end in level:
         if n <= 0:
-            return
-        yield SlicePart(sequence, max(0, end - n), end)
+            break
+        parts.append(SlicePart(sequence, max(0, end - n), end))
         n -= end
+    return tuple(parts)
 
 
 def _last_pairs(level: list[tuple[Sequence, int]], layers: int, n: int) -> int:
-    return layers * sum(part.pairs for part in _last_rows(level, n))
+    return layers * sum([part.pairs for part in _last_rows(level, n)])

@@ -23,8 +23,10 @@ import numpy as np
 from flexllm.core import Sequence, StepPlan
 
 VERSION = 2  # of a stored profile
+EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
+_SEGMENT_ROWS = np.diff(SEGMENT_STARTS, append=np.inf)  # that fit into each
 
 
 class PlanFeatures(NamedTuple):
@@ -46,7 +48,7 @@ class PlanFeatures(NamedTuple):
     optimizer_steps: int = 0
 
     def __add__(self, other: PlanFeatures) -> PlanFeatures:  # type: ignore[override]  # not a concatenation
-        return PlanFeatures(*map(add, self, other))
+        return PlanFeatures._make(map(add, self, other))
 
     @property
     def is_empty(self) -> bool:
@@ -120,7 +122,9 @@ class LatencyModel:
             raise ValueError(f"a latency model needs {SEGMENTS} slopes and finite, non-negative coefficients, got {self._theta.tolist()}")
         self._drift = 1.0
         self._num_observed = 0
-        self._samples: deque[tuple[np.ndarray, float]] = deque(maxlen=self.MEMORY)  # (vector, seconds without drift)
+        self._vectors = np.empty((0, len(self._theta)))  # of the last MEMORY observations that a refit has seen, the latest last
+        self._seconds_of = np.empty(0)  # what each took, without drift
+        self._unseen: list[tuple[PlanFeatures, float]] = []  # since
         self._recent: deque[float] = deque(maxlen=self.RECENT)  # log(measured / prediction without drift)
         self._errors: deque[float] = deque(maxlen=self.ERRORS)  # measured / predicted - 1
         self._unpack()
@@ -161,16 +165,33 @@ class LatencyModel:
         fixed = self._seconds(base) + self._drift * per_slice
         return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
+    def most_backward_slices(self, base: PlanFeatures, sizes: Iterable[tuple[float, int]], budget: float) -> int:
+        """How many backward slices of so many (rows, query-key pairs), the first of them, `base` can have and take <= budget."""
+        per_row, per_pair, per_slice = self._linear[6:9]
+        seconds = self._seconds(base)
+        fit = 0
+        for rows, pairs in sizes:
+            seconds += self._drift * (per_row * rows + per_pair * pairs + per_slice)
+            if seconds > budget:
+                break
+            fit += 1
+        return fit
+
     def error_quantile(self, q: float) -> float:
         """Quantile of measured / predicted - 1 over recent iterations; 0.1 before there are any."""
-        return float(np.quantile(list(self._errors), q)) if self._errors else 0.1
+        if not self._errors:
+            return 0.1
+        errors = sorted(self._errors)
+        low, share = divmod(q * (len(errors) - 1), 1)  # between two of them as in np.quantile, which takes ten times as long
+        below, above = errors[int(low)], errors[min(int(low) + 1, len(errors) - 1)]
+        return below + share * (above - below)
 
     # -------------------------------------------------------------------------------------------------------- learning
     def fit(self, samples: list[tuple[PlanFeatures, float]]) -> None:
         """Set the coefficients from measured (features, seconds); what the samples do not show keeps its value."""
         if not samples:
             raise ValueError("a latency model cannot be fitted to no samples")
-        vectors = np.stack([self._vector(f) for f, _ in samples])
+        vectors = _vectors([f for f, _ in samples])
         seconds = np.array([t for _, t in samples])
         self._theta = _solve(vectors, seconds, self._theta, stiffness=1e-4)
         measured = np.flatnonzero(vectors[:, 1 : 1 + SEGMENTS].any(axis=0))
@@ -178,7 +199,7 @@ class LatencyModel:
             last = int(measured[-1])
             self._theta[1 + last : 1 + SEGMENTS] = self._theta[1 + last]
         self._drift = 1.0
-        self._samples.clear()
+        self._vectors, self._seconds_of, self._unseen = self._vectors[:0], self._seconds_of[:0], []
         self._recent.clear()
         self._errors.clear()
         self._unpack()
@@ -190,7 +211,7 @@ class LatencyModel:
             return
         ratio = seconds / self.predict(features)
         self._errors.append(ratio - 1)
-        self._samples.append((self._vector(features), seconds / self._drift))
+        self._unseen.append((features, seconds / self._drift))
         self._recent.append(math.log(ratio * self._drift))
         self._num_observed += 1
         rate = max(self.DRIFT_RATE, 1 / self._num_observed)
@@ -199,10 +220,13 @@ class LatencyModel:
             self._refit()
 
     def _refit(self) -> None:
-        vectors = np.stack([v for v, _ in self._samples])
-        seconds = np.array([t for _, t in self._samples])
+        vectors = np.concatenate([self._vectors, _vectors([f for f, _ in self._unseen])])[-self.MEMORY :]
+        seconds = np.concatenate([self._seconds_of, [t for _, t in self._unseen]])[-self.MEMORY :]
+        self._vectors, self._seconds_of, self._unseen = vectors, seconds, []
         residuals = np.abs(vectors @ self._theta / seconds - 1)
-        huber = np.minimum(1.0, 2 * np.median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
+        if residuals.max() < EXACT:
+            return
+        huber = np.minimum(1.0, 2 * _median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
         ages = np.arange(len(seconds))[::-1]
         self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber * 0.5 ** (ages / self.HALF_LIFE))
         self._unpack()
@@ -260,11 +284,18 @@ class LatencyModel:
         i = min(rows.bit_length(), SEGMENTS - 1)
         return self._cumulative[i] + self._slopes[i] * (rows - SEGMENT_STARTS[i])
 
-    def _vector(self, features: PlanFeatures) -> np.ndarray:
-        rows = features.rows
-        hinges = [max(0, min(rows, SEGMENT_STARTS[i + 1]) - SEGMENT_STARTS[i]) for i in range(SEGMENTS - 1)]
-        hinges.append(max(0, rows - SEGMENT_STARTS[SEGMENTS - 1]))
-        return np.array([1, *hinges, *features[1:]], dtype=np.float64)
+
+def _vectors(features: list[PlanFeatures]) -> np.ndarray:
+    """What the coefficients multiply, [len(features), 1 + SEGMENTS + len(LINEAR)]: one, the rows in each segment of g, the rest."""
+    counts = np.array(features, dtype=np.float64)
+    segments = np.clip(counts[:, :1] - SEGMENT_STARTS, 0.0, _SEGMENT_ROWS)
+    return np.concatenate([np.ones_like(counts[:, :1]), segments, counts[:, 1:]], axis=1)
+
+
+def _median(values: np.ndarray) -> float:
+    """np.median, which takes longer than all the rest of a refit of this size."""
+    ordered, middle = np.sort(values), len(values) // 2
+    return float(ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
 
 
 def _largest(limit: int, cost: Callable[[int], float], budget: float) -> int:
@@ -297,18 +328,20 @@ def _solve(vectors: np.ndarray, seconds: np.ndarray, prior: np.ndarray, stiffnes
     of a sample. Non-negativity by dropping the most negative coefficient and solving again.
     """
     shown = vectors.max(axis=0)
-    floor = 0.02 * np.median(seconds) / np.where(shown > 0, shown, np.inf)  # a coefficient may rise from zero
-    scale = np.where(np.maximum(prior, floor) > 0, np.maximum(prior, floor), 1.0)
+    floor = 0.02 * _median(seconds) / np.where(shown > 0, shown, np.inf)  # a coefficient may rise from zero
+    scale = np.maximum(prior, floor)
+    scale[scale <= 0] = 1.0
     a = vectors * scale / seconds[:, None]
     w = np.ones(len(seconds)) if weights is None else weights
     target = prior / scale
-    gram = a.T @ (a * w[:, None]) + stiffness * np.eye(len(prior))
+    gram = a.T @ (a * w[:, None])
+    gram.flat[:: len(prior) + 1] += stiffness  # the diagonal
     right = a.T @ w + stiffness * target
     active = np.ones(len(prior), dtype=bool)
     solution = np.zeros(len(prior))
     while active.any():
         solution[:] = 0.0
-        solution[active] = np.linalg.solve(gram[np.ix_(active, active)], right[active])
+        solution[active] = np.linalg.solve(gram[active][:, active], right[active])
         if solution.min() >= 0:
             break
         active[int(np.argmin(solution))] = False

@@ -80,8 +80,8 @@ class RequestQueues:
             )
         if self.num_waiting >= self._config.max_waiting:
             raise QueueFullError(f"{self.num_waiting} requests are waiting already")
-        max_len = request.max_len or len(request.prompt_ids) + request.sampling.max_tokens
-        request.max_len = min(max_len, self._pool.capacity)
+        max_len = len(request.prompt_ids) + request.sampling.max_tokens
+        request.max_len = min(request.max_len or max_len, max_len, self._pool.capacity)
         self._requests[request.id] = request
         self._class_of(request).waiting.append(request)
         self.num_waiting += 1
@@ -178,30 +178,39 @@ class RequestQueues:
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
-        """Book what an iteration computed and sampled. Requests removed since it was planned are passed over."""
+        """Book what an iteration computed and sampled. Requests removed since it was planned are passed over.
+
+        Written out in one loop, because it runs for every token.
+        """
         outputs = []
-        for chunk in chunks:
-            request = chunk.request
-            if self._requests.get(request.id) is not request:
+        tokens, now, page = result.tokens, result.end, self._pool.block_size
+        requests, decoding, classes = self._requests, self._decoding, self._classes
+        next_rows, deadlines, deadline = self._next_rows, self._deadlines, self._deadline
+        new = tuple.__new__  # the constructors of named tuples are Python frames: twice the cost
+        for request, _, end, sample in chunks:
+            request_id = request.id
+            if requests.get(request_id) is not request:
                 continue
-            request.num_computed = chunk.end
-            if not chunk.sample:
+            request.num_computed = end
+            if not sample:
                 continue
-            sampled = result.tokens[request.id]
-            request.output_ids.append(sampled.token_id)
-            request.last_token_time = result.end
-            if request.first_token_time is None:
-                request.first_token_time = result.end
-            if request.id in self._decoding:
+            sampled = tokens[request_id]
+            token = sampled.token_id
+            request.output_ids.append(token)
+            request.last_token_time = now
+            if request_id in decoding:
                 self._decode_context += 1
             else:
-                self._start_decoding(request)
-            reason = _finish_reason(request)
+                self._start_decoding(request, now)
+            reason = _finish_reason(request, token, end + 1)
             if reason is None:
-                self._await_token(request)
+                next_rows[request_id] = new(InferenceChunk, (request, end, end + 1, True))
+                deadlines[request_id] = deadline(request, classes[request.priority].slo)
+                if end >= len(request.blocks) * page:
+                    self._need_page[request_id] = request
             else:
-                self.remove(request.id, reason)
-            outputs.append(TokenOutput(request.id, sampled.token_id, sampled, reason))
+                self.remove(request_id, reason)
+            outputs.append(new(TokenOutput, (request_id, token, sampled, reason, None, None, 0)))
         return outputs
 
     def check_integrity(self) -> None:
@@ -297,23 +306,17 @@ class RequestQueues:
         self._pool.free(request.blocks)
         request.blocks = []
 
-    def _start_decoding(self, request: Request) -> None:
+    def _start_decoding(self, request: Request, now: float) -> None:
+        if request.first_token_time is None:
+            request.first_token_time = now
         self._class_of(request).prefilling.remove(request)
         self._decoding[request.id] = request
         self._decode_context += request.num_tokens
 
-    def _await_token(self, request: Request) -> None:
-        new = tuple.__new__  # one per token: the constructor's Python frame would double the cost
-        self._next_rows[request.id] = new(InferenceChunk, (request, request.num_computed, request.num_computed + 1, True))
-        self._deadlines[request.id] = self._deadline(request, self._config.slo_of(request.priority))
-        if not self._has_page(request):
-            self._need_page[request.id] = request
 
-
-def _finish_reason(request: Request) -> FinishReason | None:
-    token, sampling = request.output_ids[-1], request.sampling
+def _finish_reason(request: Request, token: int, num_tokens: int) -> FinishReason | None:
+    """Why a request of so many tokens ends with `token`, the last of them; None if it goes on."""
+    sampling = request.sampling
     if token in sampling.stop_token_ids or (token in request.eos_ids and not sampling.ignore_eos):
         return FinishReason.STOP
-    if len(request.output_ids) >= sampling.max_tokens or request.num_tokens >= request.max_len:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if num_tokens >= request.max_len else None

@@ -105,7 +105,7 @@ class HybridTokenScheduler:
         outputs = self._requests.advance(plan.inference, result)
         self._jobs.advance(plan, self._work_seconds)
         if not plan.interrupted:
-            self.latency.observe(features_of(plan), result.seconds)
+            self.latency.observe(plan.features or features_of(plan), result.seconds)
         self._num_updates += 1
         if self._num_updates % MARGIN_EVERY == 0:
             self._margin = min(MAX_MARGIN, max(0.0, self.latency.error_quantile(MARGIN_QUANTILE)))
@@ -157,6 +157,7 @@ class HybridTokenScheduler:
             restarted=self._jobs.restarted(),
             slack=slack,
             predicted=fill.predicted,
+            features=fill.features,
         )
 
     # ------------------------------------------------------------------------------------------------------ mode temporal

@@ -21,7 +21,7 @@ class Iteration:
 
     @classmethod
     def begin(cls, plan: StepPlan, start: float, factor: float, latency: LatencyModel) -> Iteration:
-        return cls(plan, start, start + factor * latency.predict(features_of(plan)), factor)
+        return cls(plan, start, start + factor * latency.predict(plan.features or features_of(plan)), factor)
 
     def interrupted(self, now: float, latency: LatencyModel, patience: float) -> Iteration:
         """What is left of it when a request comes `now`, before its end: finetuning stops at the next boundary.
@@ -33,21 +33,23 @@ class Iteration:
         plan = self.plan
         if plan.interrupted or not (plan.windows or plan.backward or plan.optimizer_steps):
             return self
-        alone = replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True)
+        alone = plan.cut()
         if plan.windows:
-            whole, rest = (self.factor * latency.predict(features_of(p)) for p in (replace(alone, windows=plan.windows), alone))
+            whole, rest = (self.factor * latency.predict(features_of(p)) for p in (plan.cut(plan.windows), alone))
             spent = now + patience - self.start
             if spent < whole:
                 layers = plan.windows[0].sequence.job.num_layers
                 share = math.ceil(spent / whole * layers) / layers
                 return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
 
-        def cut(slices: int) -> Iteration:
-            left = replace(plan, backward=plan.backward[:slices], optimizer_steps=(), interrupted=True)
-            return Iteration.begin(left, self.start, self.factor, latency)
+        forward = features_of(plan.cut(plan.windows))
+
+        def end(slices: int) -> float:
+            backward = features_of(StepPlan(backward=plan.backward[:slices]))
+            return self.start + self.factor * latency.predict(forward + backward)
 
         everything = len(plan.backward)
-        slices = bisect_left(range(everything + 1), now, key=lambda n: cut(n).end)
+        slices = bisect_left(range(everything + 1), now, key=end)
         if slices > everything or (slices == everything and not plan.optimizer_steps):
             return self
-        return cut(slices)
+        return replace(self, plan=plan.cut(plan.windows, plan.backward[:slices]), end=end(slices))

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import INTERACTIVE, FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
+from flexllm.core import INTERACTIVE, FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob, TokenOutput
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.latency import LatencyModel
@@ -148,28 +148,28 @@ class Replica:
             return
         plan, start, end = self.under_way.plan, self.under_way.start, self.under_way.end
         self.under_way = None
-        tokens = {chunk.request.id: TOKEN for chunk in plan.inference if chunk.sample}
+        tokens = {request.id: TOKEN for request, _, _, sample in plan.inference if sample}
         if 0 < end <= self.seconds:
-            self.finetune_tokens += sum(item.rows for item in plan.backward if item.lowest == item.job.lowest_layer)
-        for output in self.scheduler.update(plan, StepResult(tokens, start=start, end=end)):
-            self._book(output.request_id, end, ended=output.finish_reason is not None)
+            self.finetune_tokens += sum([item.rows for item in plan.backward if item.lowest == item.job.lowest_layer])
+        self._book(self.scheduler.update(plan, StepResult(tokens, start=start, end=end)), end)
         if self.check:
             self.scheduler.check_integrity()
         self.busy[_kind(plan)] += max(0.0, min(end, self.seconds) - max(start, 0.0))
         self.iterations += 1
 
-    def _book(self, request_id: str, now: float, ended: bool) -> None:
-        record = self._live[request_id]
-        if record.tokens == 0:
-            record.first = now
-        else:
-            record.max_gap = max(record.max_gap, now - record.last)
-        record.last = now
-        record.tokens += 1
-        self.load += 1
-        if ended:
-            del self._live[request_id]
-            self.load -= record.prompt_tokens + record.tokens
+    def _book(self, outputs: Iterable[TokenOutput], now: float) -> None:
+        for output in outputs:
+            record = self._live[output.request_id]
+            if record.tokens == 0:
+                record.first = now
+            elif now - record.last > record.max_gap:
+                record.max_gap = now - record.last
+            record.last = now
+            record.tokens += 1
+            self.load += 1
+            if output.finish_reason is not None:
+                del self._live[output.request_id]
+                self.load -= record.prompt_tokens + record.tokens
 
 
 def _kind(plan: StepPlan) -> str:
