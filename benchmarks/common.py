@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed: full runs only
 QUICK_RESULTS = ROOT / "out"
@@ -40,7 +41,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], samples: Any) -> None:
     """Write the result file and print the same object as the last line of stdout."""
     result, out = write(name, args, fields, samples)
-    log(f"wrote {out}")
+    log(f"wrote {out} after {time.monotonic() - STARTED:.0f} s")
     print(json.dumps(result), flush=True)
 
 
