@@ -35,14 +35,15 @@ from processes import Peer, flexllm_server, freezer, memory_bytes, vllm_server
 from workloads import TRACES, Load, Trace, load_of
 
 # Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
-EVERY_ROUND = {"inference": 1.0, "coserve-loose": 1.0, "finetune": 0.25, "coserve-strict": 1.0, "split": 0.5}
+# A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
+EVERY_ROUND = {"inference": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "coserve-strict": 1.0, "split": 0.5}
 FIRST_ROUND = 0.5  # of the others, which have no further rounds
 OURS = "flexllm"  # our server: its log and its state
 CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
 MEMORY = ("--kv-cache-gb", "0.5", "--finetune-gb", "0.6")
 # Seconds, roughly, for the estimate alone: the start of our server and of one of vLLM, and a phase beside its arrivals.
-START, START_VLLM, OVERHEAD = 60.0, 75.0, 2.5
+START, START_VLLM, OVERHEAD = 60.0, 75.0, 2.2
 
 Run = Callable[[Load], Phase]
 
