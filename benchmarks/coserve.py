@@ -38,6 +38,7 @@ from workloads import TRACES, Load, Trace, load_of
 # A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
 EVERY_ROUND = {"inference": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "coserve-strict": 1.0, "split": 0.5}
 FIRST_ROUND = 0.5  # of the others, which have no further rounds
+VLLM_BESIDE_PEFT = ("split", "contending")
 OURS = "flexllm"  # our server: its log and its state
 CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
@@ -71,7 +72,7 @@ def contestant_names(args: argparse.Namespace) -> list[str]:
     """Those that are in every round first, so that what is compared is side by side."""
     coserve = [f"coserve-{slo}" for slo in SLOS if not (args.quick and slo == "mid")]
     temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
-    vllm = ["split", "contending"] if args.vllm_python else []
+    vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
     found = {"inference", "finetune", *coserve, *temporal, *vllm}
     return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
 
@@ -89,7 +90,7 @@ def scheduler_settings(name: str, slos: Slos) -> dict[str, Any]:
 
 
 def run_ours(ours: Ours, slos: Slos, names: list[str]) -> dict[str, Run]:
-    return {name: partial(ours.run, scheduler_settings(name, slos)) for name in names if name not in ("split", "contending")}
+    return {name: partial(ours.run, scheduler_settings(name, slos)) for name in names if name not in VLLM_BESIDE_PEFT}
 
 
 def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting, processes: dict[str, int]) -> dict[str, Run]:
@@ -145,7 +146,7 @@ def phases(contestants: Iterable[str], rounds: int) -> list[tuple[int, str]]:
 
 def keep_log(setting: Setting, contestant: str) -> Path:
     """Where the log of a contestant's server that failed will still be when this run is over."""
-    name = contestant if contestant in ("split", "contending") else OURS
+    name = contestant if contestant in VLLM_BESIDE_PEFT else OURS
     kept = QUICK_RESULTS / f"coserve-{name}.log"
     kept.parent.mkdir(exist_ok=True)
     with contextlib.suppress(OSError):
@@ -165,7 +166,7 @@ def measure_cell(
         offered = setting.load(trace, start + turn * per_round, rate, args.seconds).first(share_of(name) * args.seconds)
         try:
             phase = contestants[name](Load([], [], offered.seconds) if name == "finetune" else offered)
-        except (httpx.HTTPError, RuntimeError) as error:
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
             log(f"{trace.name} {load} {turn + 1} {name}: left out, {error!r}; its log is in {keep_log(setting, name)}")
             continue
         found.append(Sample(trace.name, load, name, turn, phase))
@@ -275,9 +276,8 @@ def main() -> None:
         if args.vllm_python:
             by_name |= start_vllm_beside_peft(stack, setting, processes)
         contestants = {name: by_name[name] for name in names}
-        for name in ("coserve-loose", "split", "contending"):
-            if name in contestants:
-                contestants[name](setting.warmup)
+        for name in ("coserve-loose", *(VLLM_BESIDE_PEFT if args.vllm_python else ())):
+            contestants[name](setting.warmup)
         fields: dict[str, Any] = {
             "h": step / REFERENCE_STEP,
             "decode_step_ms": 1e3 * step,

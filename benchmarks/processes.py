@@ -200,5 +200,6 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may be gone
+            self._process.stdin.close()
         self._process.wait(STOP_TIMEOUT)
