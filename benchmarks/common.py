@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flexllm.config import shorten_spinning
+
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed: full runs only
@@ -36,6 +38,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of every contestant")
     options.add_argument("--seed", type=int, default=0)
     return options
+
+
+def spin_as_the_server() -> None:
+    """Start this process again with OpenMP threads that sleep when idle, as the server's do: once torch is loaded it is too late."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        shorten_spinning()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], samples: Any) -> None:

@@ -14,7 +14,6 @@ Beside the errors stands the machine's own noise: the spread of identical plans,
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import statistics
 import subprocess
@@ -30,8 +29,8 @@ import numpy as np
 import torch
 
 from client import percentile
-from common import finish, log, parser
-from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig, shorten_spinning
+from common import finish, log, parser, spin_as_the_server
+from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
 from flexllm.core import InferenceChunk, Request, SamplingParams, StepPlan
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
@@ -250,7 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        shorten_spinning()  # as the server does; too late once torch is loaded, so start again
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    spin_as_the_server()
     main()

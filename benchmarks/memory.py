@@ -7,7 +7,6 @@ against the one that keeps everything.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -59,7 +58,7 @@ LEVELS = ("recompute", "fitting", "checkpoint", "segments", "kv")
 # --------------------------------------------------------------------------------------------------------------- shapes
 def on_paper(shape: str, method: str, tokens: int) -> dict[str, Any]:
     """Bytes of one sequence after each pass; `saving` is against conventional autograd, PEFT's defaults (fp32 adapters)."""
-    config = ModelConfig.from_hf(_config_folder(shape))
+    config = ModelConfig.from_hf(SHAPES[shape])
     peft = METHODS[method]
     total = tokens + peft.num_virtual_tokens
     pages = total * config.num_layers * 2 * config.num_kv_heads * config.head_dim * ITEMSIZE
@@ -112,12 +111,6 @@ def on_paper(shape: str, method: str, tokens: int) -> dict[str, Any]:
 def _forward_share(job: JobCompiler, flops: float) -> float:
     """Checkpointing runs every layer's forward again."""
     return sum(job.compilers[k].forward_flops for k in job.kinds) / flops
-
-
-def _config_folder(shape: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="flexllm-shape-"))
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
-    return folder
 
 
 def table(results: dict[str, dict[str, Any]]) -> None:

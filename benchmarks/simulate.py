@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common import RESULTS, finish, log, parser
+from common import RESULTS, finish, log, parser, spin_as_the_server
 from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.llm import LLM
@@ -205,4 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    spin_as_the_server()  # whose iterations the profile stands for
     main()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.shapes import LLAMA_8B
 from tests.tiny import write_tiny_llama
 
 
@@ -25,6 +27,15 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama (tests/tiny.py)."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    """config.json of an 8B model, alone in its folder."""
+    path = tmp_path / "llama-8b" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(LLAMA_8B))
+    return path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

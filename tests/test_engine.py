@@ -297,6 +297,14 @@ def test_shutdown_makes_jobs_durable(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "job" / "resume").exists(), "a finished job leaves no state to go on from"
 
 
+def test_shutdown_tells_what_no_step_has_told(folder: Path, tmp_path: Path) -> None:
+    engine = open_engine(folder / "model", state_dir=tmp_path / "state")
+    (tmp_path / "state" / "profiles").mkdir(parents=True)
+    job = engine.add_job(spec(tmp_path))
+    Run(engine).until(lambda: job.step == job.total_steps)  # its files are still being written
+    assert JobStatus.SUCCEEDED in [event.status for event in engine.shutdown()]
+
+
 # -------------------------------------------------------------------------------------------------------------- settings
 def test_settings_change_while_it_runs(tmp_path: Path, engine: Engine) -> None:
     engine.add_job(spec(tmp_path))

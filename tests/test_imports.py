@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 ABSENT = ["fastapi", "uvicorn", "msgspec", "zmq", "typer", "prometheus_client", "gguf", "peft", "openai"]
 CHECK = f"""
 import sys
@@ -19,8 +21,14 @@ def test_the_engine_needs_no_web_or_wire_library() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_scheduler_and_the_simulator_need_no_torch() -> None:
-    modules = "flexllm.scheduler.scheduler, flexllm.memory.budget, flexllm.simulate.capacity, flexllm.simulate.roofline"
-    check = f"import sys; import {modules}; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "flexllm.scheduler.scheduler, flexllm.memory.budget, flexllm.simulate.capacity, flexllm.simulate.roofline",
+        "flexllm.server.main",  # it answers at once; what the tokenizer brings with it is imported behind that
+    ],
+)
+def test_needs_neither_torch_nor_transformers(modules: str) -> None:
+    check = f"import sys; import {modules}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,7 @@ from flexllm.peft.config import LoraConfig, PeftConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
-INTERACTIVE, BATCH = "interactive", "batch"  # classes of requests
-PATIENCE = 0.1  # of the tightest TTFT objective
+PATIENCE = 0.05  # of the tightest TTFT objective
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+INTERACTIVE, BATCH = "interactive", "batch"  # classes of requests
+
 
 # ---------------------------------------------------------------------------------------------------------- inference
 class FinishReason(StrEnum):
@@ -90,7 +92,7 @@ class Request:
     sampling: SamplingParams
     arrival: float
     adapter: str | None = None  # name of a loaded adapter; None is the base model
-    priority: str = "interactive"  # the SLO class
+    priority: str = INTERACTIVE  # the SLO class
     eos_ids: frozenset[int] = frozenset()  # the model's; ignored under sampling.ignore_eos
     max_len: int = 0  # filled by the engine: prompt + max_tokens, at most the context
     # filled by the scheduler
@@ -418,6 +420,15 @@ class JobEvent:
     path: str | None = None  # a checkpoint's folder
     message: str = ""
     save_level: str = ""  # the deepest at which a sequence of this step was held
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What carrying out a plan came to."""
+
+    plan: StepPlan  # what of it was done
+    tokens: Mapping[str, TokenLogprob] = field(default_factory=dict)  # request id -> what was sampled
+    losses: tuple[WindowLoss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexllm.batch import FusedBatch
 from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
 from flexllm.core import (
+    Execution,
     FinetuneJob,
     JobEvent,
     JobStatus,
@@ -100,9 +101,8 @@ class Engine:
         stop at the next layer once the newcomer's patience is over, and go forward again another time.
         """
         start = self.clock()
-        plan = self.scheduler.schedule(start)
-        plan, tokens, losses = self.execute(plan, waited)
-        result = StepResult(tokens, losses, start, self.clock())
+        done = self.execute(self.scheduler.schedule(start), waited)
+        plan, result = done.plan, StepResult(done.tokens, done.losses, start, self.clock())
         self.last_step = plan, result
         outputs = self._finish_requests(self.scheduler.update(plan, result))
         result = replace(result, outputs=outputs, events=self._finish_jobs())
@@ -110,10 +110,8 @@ class Engine:
             self.trace.iteration(plan, result, self.scheduler.num_running, self.scheduler.num_waiting)
         return result
 
-    def execute(
-        self, plan: StepPlan, waited: Callable[[], float] = nobody_waits
-    ) -> tuple[StepPlan, dict[str, TokenLogprob], tuple[WindowLoss, ...]]:
-        """Carry out a plan: what of it was done, tokens by request id, and the windows' losses."""
+    def execute(self, plan: StepPlan, waited: Callable[[], float] = nobody_waits) -> Execution:
+        """Carry out a plan, or what of it the newcomers leave time for."""
 
         def impatient() -> bool:
             return waited() > self.config.scheduler.patience
@@ -127,12 +125,12 @@ class Engine:
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:
-            return replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens, ()
+            return Execution(replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), tokens)
         done = self.trainer.run_backward(plan, lambda: waited() > 0)
         if done < len(plan.backward):
-            return replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses
+            return Execution(replace(plan, backward=plan.backward[:done], optimizer_steps=(), interrupted=True), tokens, losses)
         self.trainer.step_optimizers(plan.optimizer_steps, self.clock())
-        return plan, tokens, losses
+        return Execution(plan, tokens, losses)
 
     @property
     def has_work(self) -> bool:
@@ -285,14 +283,15 @@ class Engine:
         return events
 
     # ------------------------------------------------------------------------------------------------------------ state
-    def shutdown(self) -> None:
-        """Write every running job's durable state; the engine is not used afterwards."""
+    def shutdown(self) -> tuple[JobEvent, ...]:
+        """Write every running job's durable state; the engine is not used afterwards. Returns what no step has told of its jobs."""
         for training in list(self.trainer.jobs.values()):
             self.trainer.save_resume(training, self.clock())
         self.trainer.writer.drain()
         self.latency.save(self._profile_path())
         if self.trace:
             self.trace.close()
+        return self.trainer.take_events()
 
     def stats(self) -> dict[str, Any]:
         """For metrics and live views; cheap."""

@@ -204,5 +204,5 @@ class FakeEngine:
             "finetune_tokens": {job_id: {"backward": 10 * job.step} for job_id, job in self._jobs.items()},
         }
 
-    def shutdown(self) -> None:
-        pass
+    def shutdown(self) -> tuple[JobEvent, ...]:
+        return ()

@@ -194,15 +194,27 @@ def test_a_vanished_client_frees_its_pages(server: Server) -> None:
     eventually(lambda: server.stats()["requests"]["running"] == 0 and server.stats()["kv_usage"] == 0)
 
 
-def test_kill_and_start_again_loses_nothing(server: Server, tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_example_runs(server: Server) -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "client.py"), "--url", server.url, "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Step 20/20" in done.stdout
+    assert "finetuned:" in done.stdout
+
+
+def test_kill_and_start_again_loses_nothing(server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(server.state_dir / "profiles", tmp_path / "profiles")  # measured once is enough
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     with serve_process(tiny_llama, tmp_path) as (server, process):
         job = job_of(server.client(), seed=1, hyperparameters={"n_epochs": 8, "batch_size": 1})
         eventually(lambda: server.stats()["jobs"] and server.stats()["jobs"][0]["step"] > 3)
         engine = server.stats()["engine"]["pid"]
         process.send_signal(signal.SIGKILL)
         process.wait()
-        eventually(lambda: not _alive(engine))  # nobody is left behind
+        eventually(lambda: not _alive(engine))  # nobody is left behind,
+        assert not list(scratch.iterdir())  # and nothing
     with serve_process(tiny_llama, tmp_path) as (server, _):
         done = wait_for_job(server.client(), job.id, "succeeded")
         events = [e.data for e in server.client().fine_tuning.jobs.list_events(job.id, limit=1000).data if e.data]

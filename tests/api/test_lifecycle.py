@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import openai
 import pytest
 
 from flexllm.config import EngineConfig
+from flexllm.core import JobEvent, StepResult, nobody_waits
 from flexllm.server.context import Settings
 from flexllm.server.engine_process import ProgressCallback
 from flexllm.server.store import Store
@@ -113,6 +116,37 @@ def test_an_end_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
         assert len(done.result_files) == 1
         assert server.client().chat.completions.create(model=name, messages=CHAT).choices
         assert steps_of(server, job_id) == list(range(1, 13))
+
+
+@dataclass
+class LateEngine(FakeEngine):
+    """Says that a job has ended only when it is shut down."""
+
+    late: list[JobEvent] = field(default_factory=list)
+
+    def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:
+        result = super().step(waited)
+        self.late += [event for event in result.events if event.kind == "status"]
+        return replace(result, events=tuple(event for event in result.events if event.kind != "status"))
+
+    def shutdown(self) -> tuple[JobEvent, ...]:
+        return tuple(self.late)
+
+
+def build_late(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
+    return LateEngine(config)
+
+
+def test_the_last_words_of_the_engine_are_heard(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_late)
+    with serve(settings) as server:
+        job_id = start_job(server, hyperparameters={"n_epochs": 1})
+        eventually(lambda: len(steps_of(server, job_id)) == 2)
+    store = Store(tmp_path / "flexllm.sqlite")
+    job = store.jobs.get(job_id)
+    store.close()
+    assert job is not None
+    assert job.status == "succeeded"
 
 
 def test_everything_is_there_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_help_and_version_load_neither_torch_nor_transformers():
         (["serve", "--nonsense"], "--nonsense"),
         (["serve", "--port", "70000"], "--port"),
         (["serve", "--slo-tpot", "-1"], "tpot"),
+        (["serve", "--flex-slo-ttft", "0"], "ttft"),
+        (["serve", "--flex-slo-tpot", "0"], "tpot"),
         (["serve", "--mode", "fast"], "mode"),
         (["serve", "--kv-cache-gb", "0"], "kv-cache-gb"),
         (["serve", "--finetune-gb", "0"], "finetune-gb"),

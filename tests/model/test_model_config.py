@@ -7,32 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from tests.shapes import LLAMA_8B
 from tiny_models import LLAMA3_ROPE, SIZES, tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flexllm.model.config import ModelConfig, rope_frequencies
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-}
-
 
 def test_reads_a_llama_3_config() -> None:
-    config = ModelConfig.from_hf(LLAMA)
+    config = ModelConfig.from_hf(LLAMA_8B)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (32, 32, 8, 128)
     assert (config.q_size, config.kv_size) == (4096, 1024)
     assert config.eos_ids == (128001, 128008, 128009)
@@ -44,11 +27,11 @@ def test_reads_a_llama_3_config() -> None:
 
 
 def test_old_and_new_rope_keys_mean_the_same() -> None:
-    old = ModelConfig.from_hf(LLAMA | {"rope_scaling": LLAMA3_ROPE})
-    new = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0}}
+    old = ModelConfig.from_hf(LLAMA_8B | {"rope_scaling": LLAMA3_ROPE})
+    new = {k: v for k, v in LLAMA_8B.items() if k != "rope_theta"} | {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0}}
     assert ModelConfig.from_hf(new) == old
     assert old.rope_scaling == LLAMA3_ROPE
-    legacy = ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    legacy = ModelConfig.from_hf(LLAMA_8B | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert legacy.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
@@ -90,11 +73,11 @@ def test_left_out_keys_default_as_in_transformers(family: str) -> None:
     ],
 )
 def test_a_sliding_window_bounds_the_context(changes: dict[str, Any], max_len: int) -> None:
-    assert ModelConfig.from_hf(LLAMA | {"architectures": None} | changes).max_len == max_len
+    assert ModelConfig.from_hf(LLAMA_8B | {"architectures": None} | changes).max_len == max_len
 
 
 def test_eos_ids_are_those_of_both_files(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 7}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"eos_token_id": 7}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
     assert ModelConfig.from_hf(tmp_path).eos_ids == (7, 9)
     assert ModelConfig.from_hf(tmp_path / "config.json").eos_ids == (7, 9)
@@ -124,7 +107,7 @@ def test_eos_ids_are_those_of_both_files(tmp_path: Path) -> None:
 )
 def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(LLAMA | changes)
+        ModelConfig.from_hf(LLAMA_8B | changes)
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

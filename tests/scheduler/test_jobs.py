@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from flexllm.config import SLO
-from flexllm.core import JobStatus
+from flexllm.core import JobStatus, StepResult
 from flexllm.scheduler.jobs import epoch_order
 from tests.scheduler.fake import LAYERS, LOWEST, FakeEngine, expected_steps, make_job, make_request, simple_model
 
@@ -167,6 +169,24 @@ def test_time_is_shared_by_weight():
     for _ in range(600):
         engine.step()
     assert heavy.step / light.step == pytest.approx(3.0, rel=0.15)
+
+
+def test_only_time_that_did_something_counts():
+    """What is dropped for a newcomer is no job's share: here the windows, then all slices but the first."""
+    engine = FakeEngine(num_blocks=400, idle_slice=1.0)
+    job = make_job("j", [64] * 4, group_size=4)
+    engine.scheduler.add_job(job)
+    scheduler = engine.scheduler
+    plan = scheduler.schedule(engine.now)
+    assert plan.windows
+    scheduler.update(replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), StepResult({}, end=0.1))
+    assert job.served == 0
+    while not (plan := scheduler.schedule(engine.now)).backward:
+        scheduler.update(plan, StepResult({}, end=plan.predicted))
+    before, whole = job.served, plan.predicted
+    assert len(plan.backward) > 1
+    scheduler.update(replace(plan, backward=plan.backward[:1], optimizer_steps=(), interrupted=True), StepResult({}, end=0.1))
+    assert 0 < job.served - before < 0.8 * whole
 
 
 def test_tenants_share_equally_however_many_jobs_they_have():

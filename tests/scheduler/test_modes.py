@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from flexllm.config import SLO, SchedulerConfig
+from flexllm.scheduler.requests import PACE
 from tests.scheduler.fake import FakeEngine, make_job, make_request
 
 
@@ -83,7 +84,7 @@ def test_a_running_request_is_due_by_the_new_objectives_at_its_next_token():
         engine.step()
     engine.reconfigure(slo=SLO(ttft=10, tpot=2.0))
     now = engine.now
-    assert engine.step().slack == pytest.approx((request.first_token_time + 3 * 2.0 - now) / 1.1)
+    assert engine.step().slack == pytest.approx((request.first_token_time + 3 * PACE * 2.0 - now) / 1.1)
     engine.reconfigure(slo=SLO(ttft=10, tpot=1e-6))
     assert engine.step().slack == 0.0, "late by the new objectives"
 

@@ -2,8 +2,8 @@ import pytest
 
 from flexllm.config import SLO
 from flexllm.core import FinishReason, InferenceChunk, RequestStatus, SamplingParams
-from flexllm.scheduler.requests import LEAST_ROWS, QueueFullError
-from tests.scheduler.fake import FakeEngine, expected_token, make_request
+from flexllm.scheduler.requests import LEAST_ROWS, PACE, QueueFullError
+from tests.scheduler.fake import FakeEngine, expected_token, make_request, simple_model
 
 
 def rows(chunks: tuple[InferenceChunk, ...]) -> list[tuple[str, int, int, bool]]:
@@ -78,6 +78,46 @@ def test_prompts_that_can_wait_still_go_on_beside_late_ones():
     engine.step()
     engine.add_request(make_request("slow", prompt=300, priority="batch"))
     assert [c.rows for c in engine.step().inference] == [1, LEAST_ROWS]
+
+
+def decoding_beside_a_prompt(ttft: float) -> tuple[FakeEngine, list[int]]:
+    """A request that decodes, and the prompt rows of each iteration after another of its class came. A row takes 1 ms, so 30 fit."""
+    engine = FakeEngine(num_blocks=200, slo=SLO(ttft=ttft, tpot=0.05), latency=simple_model(1e-3), max_batch_tokens=512)
+    engine.add_request(make_request("running", output=100))
+    engine.step()
+    engine.add_request(make_request("new", prompt=400, output=1, arrival=engine.now))
+    rows = []
+    while "new" in engine.requests:
+        rows.append(engine.step().inference_rows - 1)
+    return engine, rows
+
+
+def test_a_prompt_waits_for_running_requests_while_its_objective_lets_it():
+    engine, rows = decoding_beside_a_prompt(ttft=10.0)
+    running = engine.requests["running"]
+    assert max(rows) < 50
+    assert len(rows) > 8
+    assert engine.now - running.first_token_time <= (len(running.output_ids) - 1) * 0.05
+
+
+def test_a_prompt_that_cannot_wait_makes_running_requests_late():
+    assert decoding_beside_a_prompt(ttft=0.5)[1] == [400]
+
+
+def test_a_prompt_stops_waiting_when_its_objective_presses():
+    engine, rows = decoding_beside_a_prompt(ttft=0.81)
+    assert min(rows) < 50 < max(rows)
+    assert engine.outputs["new"]
+    assert engine.now <= 0.01 + 0.81
+
+
+def test_a_queue_of_prompts_presses_though_none_of_them_alone_does():
+    engine = FakeEngine(num_blocks=400, slo=SLO(ttft=1.0, tpot=0.05), latency=simple_model(1e-3), max_batch_tokens=512, max_running=2)
+    engine.add_request(make_request("running", output=100))
+    engine.step()
+    for i in range(4):
+        engine.add_request(make_request(f"new{i}", prompt=200, output=1, arrival=engine.now))
+    assert engine.step().inference_rows == 1 + 200
 
 
 def test_max_running_keeps_the_others_waiting():
@@ -194,7 +234,7 @@ def test_slack_is_the_earliest_deadline():
     assert engine.step().slack == 0.0  # the prompt
     for _ in range(3):
         now, tokens = engine.now, len(request.output_ids)
-        assert engine.step().slack == pytest.approx((request.first_token_time + tokens * 0.5 - now) / 1.1)
+        assert engine.step().slack == pytest.approx((request.first_token_time + tokens * PACE * 0.5 - now) / 1.1)
     engine.now += 100.0
     assert engine.step().slack == 0.0
     engine.add_request(make_request("late", arrival=engine.now - 20))

@@ -18,20 +18,10 @@ from flexllm.simulate.capacity import fewest, plan_capacity
 from flexllm.simulate.roofline import DEVICES, example_job, layer_parameters, machine_of, roofline, save_levels
 from flexllm.simulate.simulator import SimulationResult
 from flexllm.simulate.workload import poisson_arrivals
+from tests.shapes import LLAMA_8B
 
 A100, H100 = DEVICES["a100-80gb"], DEVICES["h100-80gb"]
-MODEL_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, max_len=8192)  # Llama 3.1
-HF_8B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-}
+MODEL_8B = ModelConfig.from_hf(LLAMA_8B)
 
 
 def decode(batch: int, context: int = 512) -> PlanFeatures:
@@ -109,13 +99,12 @@ def test_a_plan_is_enough_and_one_replica_less_is_not():
     assert found.serving <= found.coserving
 
 
-def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_a_table_and_json(llama_8b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trace = tmp_path / "trace.csv"
     arrivals = poisson_arrivals(2, 20, 300, 20, seed=1)
     rows = [f"{a.time},{a.prompt_tokens},{a.output_tokens}\n" for a in arrivals]
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(rows))
-    (tmp_path / "config.json").write_text(json.dumps(HF_8B))
-    args = ["plan", "--trace", str(trace), "--model", str(tmp_path), "--finetune-tokens-per-second", "1000"]
+    args = ["plan", "--trace", str(trace), "--model", str(llama_8b.parent), "--finetune-tokens-per-second", "1000"]
     assert run([*args, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["separate"]["replicas"] == report["separate"]["serving"] + report["separate"]["finetuning"] == 2
@@ -126,10 +115,9 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     assert "co-serving" in capsys.readouterr().out
 
 
-def test_objectives_out_of_reach_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_objectives_out_of_reach_are_said(llama_8b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,100,10\n")
-    (tmp_path / "config.json").write_text(json.dumps(HF_8B))
-    args = ["plan", "--trace", str(trace), "--model", str(tmp_path / "config.json"), "--slo-tpot", "0.001", "--max-replicas", "4"]
+    args = ["plan", "--trace", str(trace), "--model", str(llama_8b), "--slo-tpot", "0.001", "--max-replicas", "4"]
     assert run(args) == 2
     assert "not enough" in capsys.readouterr().err

@@ -31,10 +31,6 @@ def plan(
     ] = None,
     start: Annotated[float, typer.Option(help="Where in the trace to begin, seconds after stretching.", min=0.0)] = 0.0,
     seconds: Annotated[float, typer.Option(help="How much of the trace to run.")] = 300.0,
-    headroom: Annotated[
-        float,
-        typer.Option(help="Share of the TPOT objective that co-serving schedulers keep back for prompts that come.", min=0.0, max=0.9),
-    ] = 0.1,
     max_replicas: Annotated[int, typer.Option(help="Give up beyond so many.", min=1)] = 64,
     max_running: Annotated[int, typer.Option(help="Most requests in the batch of a replica.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Most inference tokens in one iteration.")] = 512,
@@ -77,7 +73,6 @@ def plan(
         config,
         both,
         alone,
-        headroom=headroom,
         attainment=attainment,
         max_replicas=max_replicas,
         seconds=span,

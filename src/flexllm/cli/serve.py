@@ -9,7 +9,8 @@ import typer
 
 from flexllm import config as settings
 from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, MaxModelLen, Model, Quantization, Threads, model_ref
-from flexllm.config import BATCH, SLO, CacheConfig, EngineConfig, SchedulerConfig
+from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
+from flexllm.core import BATCH
 
 
 def serve(
@@ -67,7 +68,10 @@ def serve(
     for option, size in (("kv-cache-gb", kv_cache_gb), ("finetune-gb", finetune_gb)):
         if size is not None and not size > 0:
             raise ValueError(f"{option} must be positive, got {size}")
-    flex = SLO(flex_slo_ttft or 10 * slo_ttft, flex_slo_tpot or 3 * slo_tpot)
+    flex = SLO(
+        10 * slo_ttft if flex_slo_ttft is None else flex_slo_ttft,
+        3 * slo_tpot if flex_slo_tpot is None else flex_slo_tpot,
+    )
     engine_config = EngineConfig(
         model=model_ref(model),
         dtype=dtype,

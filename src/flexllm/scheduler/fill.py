@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from flexllm.core import BackwardSlice, FinetuneJob, Sequence, SlicePart, TokenWindow
-from flexllm.scheduler.jobs import JobState, JobTable
+from flexllm.scheduler.jobs import JobState, JobTable, Work
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, expected_labels
 
 MAX_WAITS = 16  # iterations in a row that windows may wait for a larger slack
@@ -41,6 +41,7 @@ class SlackFill:
         self.windows: list[TokenWindow] = []
         self.backward: list[BackwardSlice] = []
         self.optimizer_steps: list[FinetuneJob] = []
+        self.seconds: dict[Work, float] = {}  # by how much each of these makes the iteration longer
         self.features = inference
         self.predicted = latency.predict(inference)
         self._jobs = jobs
@@ -77,7 +78,7 @@ class SlackFill:
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
             if rows > 0:
-                self._add_window(state, sequence, rows)
+                self._add_window(sequence, rows)
                 state.waited = 0
             if rows < limit:
                 return rows == 0  # where not one row fits, a slice may
@@ -99,12 +100,12 @@ class SlackFill:
         while self._window_rows_left and (sequence := self._jobs.admit_next(state, share)) is not None:
             yield sequence
 
-    def _add_window(self, state: JobState, sequence: Sequence, rows: int) -> None:
+    def _add_window(self, sequence: Sequence, rows: int) -> None:
         window = TokenWindow(sequence, sequence.forward, sequence.forward + rows)
         self._jobs.grow(sequence, window.end)
         self.windows.append(window)
         self._window_rows_left -= rows
-        self._charge(state, _features_of(window))
+        self._count(_features_of(window), window)
 
     # --------------------------------------------------------------------------------------------------------- backward
     def _backward(self, state: JobState) -> bool:
@@ -173,13 +174,14 @@ class SlackFill:
             count = min(count, int((self._budget - self.predicted) / seconds))
         if count <= 0:
             return 0
-        self.backward += [item, *(BackwardSlice(layer - i * layers, parts) for i in range(1, count))]
+        items = [item, *(BackwardSlice(layer - i * layers, parts) for i in range(1, count))]
+        self.backward += items
         state.waited = 0
         state.deferred = False
         below = layer - count * layers
         for sequence in cohort:
             self._cursors[sequence.id] = (below, sequence.length)
-        self._charge(state, PlanFeatures._make(count * value for value in one))
+        self._count(PlanFeatures._make(count * value for value in one), *items)
         return count
 
     def _add_slice(self, state: JobState, item: BackwardSlice) -> None:
@@ -188,7 +190,7 @@ class SlackFill:
         below = item.lowest - 1
         for part in item.parts:
             self._cursors[part.sequence.id] = (item.layer, part.start) if part.start else (below, part.sequence.length)
-        self._charge(state, PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1))
+        self._count(PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1), item)
 
     def _completes_group(self, state: JobState) -> bool:
         lowest = state.job.lowest_layer
@@ -202,7 +204,7 @@ class SlackFill:
         step = PlanFeatures(optimizer_steps=1)
         if self._latency.predict(self.features + step) <= self._budget or self._is_forced:
             self.optimizer_steps.append(state.job)
-            self._charge(state, step)
+            self._count(step, state.job)
 
     # -------------------------------------------------------------------------------------------------------- internals
     @property
@@ -212,10 +214,11 @@ class SlackFill:
     def _cursor(self, sequence: Sequence) -> tuple[int, int]:
         return self._cursors.get(sequence.id) or (sequence.layer, sequence.row)
 
-    def _charge(self, state: JobState, added: PlanFeatures) -> None:
+    def _count(self, added: PlanFeatures, *work: Work) -> None:
+        """`added`: features of pieces of work that are all alike."""
         self.features += added
         predicted = self._latency.predict(self.features)
-        self._jobs.charge(state.job, predicted - self.predicted)
+        self.seconds |= dict.fromkeys(work, (predicted - self.predicted) / len(work))
         self.predicted = predicted
 
 

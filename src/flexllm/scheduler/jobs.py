@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 
 from flexllm.core import BackwardSlice, FinetuneJob, JobStatus, Sequence, StepPlan, TokenWindow
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
+
+Work = TokenWindow | BackwardSlice | FinetuneJob  # a job stands for its optimizer step
 
 
 def epoch_order(seed: int, epoch: int, n: int, shuffle: bool) -> list[int]:
@@ -162,11 +164,6 @@ class JobTable:
                 state.begin_group(self._ids)
         return sorted(active, key=lambda s: (self._served[s.job.tenant], s.job.served))
 
-    def charge(self, job: FinetuneJob, seconds: float) -> None:
-        """Book time given to a job."""
-        job.served += seconds / job.weight
-        self._served[job.tenant] += seconds
-
     def drop_paused(self) -> None:
         for state in self._states.values():
             if state.job.status is JobStatus.PAUSED and state.admitted:
@@ -233,17 +230,21 @@ class JobTable:
         return tuple(self._restarted.values())
 
     # ---------------------------------------------------------------------------------------------------------- results
-    def advance(self, plan: StepPlan) -> None:
-        """Book what an iteration did. Whatever belongs to a job removed since it was planned is passed over."""
+    def advance(self, plan: StepPlan, seconds: Mapping[Work, float]) -> None:
+        """Book what an iteration did, and the `seconds` of each piece of it as time given to its job. Whatever belongs to a job
+        removed since it was planned is passed over."""
         for sequence in plan.released:
             self._released.pop(sequence.id, None)
         for job in plan.restarted:
             self._restarted.pop(job.id, None)
         for window in plan.windows:
+            self._charge(window.sequence.job, seconds[window])
             self._advance_forward(window)
         for item in plan.backward:
+            self._charge(item.job, seconds[item])
             self._advance_backward(item)
         for job in plan.optimizer_steps:
+            self._charge(job, seconds[job])
             if (state := self._states.get(job.id)) is not None and state.job is job:
                 self._end_group(state)
 
@@ -305,6 +306,12 @@ class JobTable:
         """Pages that admitted sequences have yet to take."""
         admitted = (q for s in self._states.values() for q in s.admitted.values())
         return sum(self._pool.blocks_for(q.length) - len(q.blocks) for q in admitted)
+
+    def _charge(self, job: FinetuneJob, seconds: float) -> None:
+        """Book time given to a job."""
+        if (state := self._states.get(job.id)) is not None and state.job is job:
+            job.served += seconds / job.weight
+            self._served[job.tenant] += seconds
 
     def _advance_forward(self, window: TokenWindow) -> None:
         sequence = window.sequence

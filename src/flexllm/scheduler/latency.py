@@ -144,6 +144,16 @@ class LatencyModel:
 
         return _largest(limit, cost, budget)
 
+    def most_prefill_rows(self, base: PlanFeatures, start: int, limit: int, budget: float) -> int:
+        """Largest n <= limit such that `base` and rows [start, start + n) of a prompt take <= budget."""
+        per_pair = self._linear[2]
+        fixed = self._seconds(base) - self._drift * self._curve(base.rows)
+        return _largest(
+            limit,
+            lambda n: fixed + self._drift * (self._curve(base.rows + n) + per_pair * (n * start + n * (n + 1) // 2)),
+            budget,
+        )
+
     def most_backward_rows(self, base: PlanFeatures, weight: float, pairs: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a backward slice of n rows, each costing `weight` of them, with pairs(n) query-key
         pairs take <= budget."""

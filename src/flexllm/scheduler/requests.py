@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
-LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, however busy more urgent classes are
+PACE = 0.9  # of the TPOT objective is aimed at: a last token that comes late cannot be made up for
+PRESSING = 0.5  # of the TTFT objective: what must be left of it for a prompt to wait
+LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, whatever the decodes beside it
 
 
 class QueueFullError(ValueError):
@@ -29,7 +32,6 @@ class PriorityClass:
         self.slo = slo
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # hold the pages of all their tokens
-        self.num_decoding = 0
 
 
 class RequestQueues:
@@ -107,13 +109,13 @@ class RequestQueues:
 
     # --------------------------------------------------------------------------------------------------------- planning
     def plan(
-        self, reclaim: Callable[[int], None], reclaimable: Callable[[], int], in_time: Callable[[float], float]
+        self, now: float, reclaim: Callable[[int], None], reclaimable: Callable[[], int], in_time: Callable[[float], float]
     ) -> tuple[InferenceChunk, ...]:
-        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens; prompts of a class that
-        can wait only as far as they make no token of a more urgent one late.
+        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens. A prompt whose own TTFT
+        can wait goes no further than the tokens that are due allow, one that cannot makes only those of less urgent classes late.
 
-        `in_time(deadline)`: seconds that an iteration may be planned to take before it. `reclaim(n)` takes pages from finetuning until
-        n are free or it has none left; `reclaimable()` is what it holds.
+        `in_time(seconds)`: what an iteration may be planned to take if it has to end within so many seconds. `reclaim(n)` takes
+        pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
         decodes = list(self._next_rows.values())
@@ -121,9 +123,12 @@ class RequestQueues:
         rows_left = self._config.max_batch_tokens - len(decodes)
         self.page_blocked = False
         candidates = self._prefill_order(reclaim, reclaimable)
+        limits: dict[str, float] = {}  # seconds, by class
         while rows_left > 0 and (candidate := next(candidates, None)) is not None:
             limit = min(rows_left, candidate.num_tokens - candidate.num_computed)
-            rows = limit if len(self._classes) == 1 else self._rows_in_time(in_time, candidate, (*decodes, *prefills), limit)
+            if candidate.priority not in limits:
+                limits[candidate.priority] = self._prefill_seconds(self._class_of(candidate), now, in_time)
+            rows = self._rows_in_time(candidate, (*decodes, *prefills), limit, limits[candidate.priority])
             start, end = candidate.num_computed, candidate.num_computed + rows
             chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
             (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
@@ -132,13 +137,30 @@ class RequestQueues:
                 break
         return (*decodes, *prefills)
 
-    def _rows_in_time(self, in_time: Callable[[float], float], request: Request, chunks: tuple[InferenceChunk, ...], limit: int) -> int:
-        """Rows of a prompt that can join `chunks`, at least LEAST_ROWS, before a token of a more urgent class is due."""
-        ttft = self._class_of(request).slo.ttft
-        due = min((at for i, at in self._deadlines.items() if self._class_of(self._requests[i]).slo.ttft < ttft), default=math.inf)
-        if due == math.inf:
+    def _prefill_seconds(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> float:
+        """What an iteration with prompts of a class may be predicted to take; inf if they cannot wait for anybody."""
+        waits = self._laxity(queue, now) > 0
+        due = (at for i, at in self._deadlines.items() if waits or self._class_of(self._requests[i]).slo.ttft < queue.slo.ttft)
+        return in_time(min(due, default=math.inf) - now)
+
+    def _laxity(self, queue: PriorityClass, now: float) -> float:
+        """How long prompts of a class can wait, before they are computed at full speed one after the other, until the first of them is too
+        late; looked for no further than the first that is."""
+        full = self._config.max_batch_tokens
+        per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
+        least, seconds = math.inf, 0.0
+        for request in chain(queue.prefilling, queue.waiting):
+            seconds += per_row * (request.num_tokens - request.num_computed)
+            least = min(least, self._deadline(request, queue.slo) - now - PRESSING * queue.slo.ttft - seconds)
+            if least <= 0:
+                break
+        return least
+
+    def _rows_in_time(self, request: Request, chunks: tuple[InferenceChunk, ...], limit: int, seconds: float) -> int:
+        """Rows of a prompt that can join `chunks` within the seconds, at least LEAST_ROWS."""
+        if seconds == math.inf:
             return limit
-        rows = self._latency.most_window_rows(self.features(chunks), request.num_computed, lambda _: 0, limit, in_time(due))
+        rows = self._latency.most_prefill_rows(self.features(chunks), request.num_computed, limit, seconds)
         return max(rows, min(limit, LEAST_ROWS))
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
@@ -161,10 +183,6 @@ class RequestQueues:
         if len(self._deadlines) < len(self._requests):
             return 0.0
         return max(0.0, min(self._deadlines.values(), default=math.inf) - now)
-
-    def pace(self) -> float:
-        """Seconds per token of the most demanding running request; inf when none runs."""
-        return min((q.slo.tpot for q in self._classes.values() if q.num_decoding), default=math.inf)
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
@@ -206,7 +224,6 @@ class RequestQueues:
         assert all(r.is_decoding for r in self._decoding.values())
         assert self._deadlines == {i: self._deadline(r, self._config.slo_of(r.priority)) for i, r in self._decoding.items()}
         assert list(self._next_rows.values()) == [(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
-        assert sum(c.num_decoding for c in self._classes.values()) == len(self._decoding)
         assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
         assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
 
@@ -228,10 +245,10 @@ class RequestQueues:
 
     @staticmethod
     def _deadline(request: Request, slo: SLO) -> float:
-        """When the next token is due: the first within `ttft` of arrival, each further one `tpot` later than the last was due."""
+        """When the next token is due: the first within `ttft` of arrival, each further one PACE x `tpot` later than the last was due."""
         if request.first_token_time is None:
             return request.arrival + slo.ttft
-        return request.first_token_time + len(request.output_ids) * slo.tpot
+        return request.first_token_time + len(request.output_ids) * PACE * slo.tpot
 
     def _prefill_order(self, reclaim: Callable[[int], None], reclaimable: Callable[[], int]) -> Iterator[Request]:
         """Class by class: the prefills under way, then newcomers, each admitted when the caller comes to it."""
@@ -282,7 +299,6 @@ class RequestQueues:
 
     def _stop_running(self, request: Request) -> None:
         if self._decoding.pop(request.id, None) is not None:
-            self._class_of(request).num_decoding -= 1
             self._decode_context -= request.num_tokens
             self._need_page.pop(request.id, None)
             self._next_rows.pop(request.id, None)
@@ -293,9 +309,7 @@ class RequestQueues:
         request.blocks = []
 
     def _start_decoding(self, request: Request) -> None:
-        queue = self._class_of(request)
-        queue.prefilling.remove(request)
-        queue.num_decoding += 1
+        self._class_of(request).prefilling.remove(request)
         self._decoding[request.id] = request
         self._decode_context += request.num_tokens
 

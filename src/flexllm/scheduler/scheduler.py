@@ -7,8 +7,7 @@ from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, Request, Seq
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
-from flexllm.scheduler.headroom import Reserve
-from flexllm.scheduler.jobs import JobTable
+from flexllm.scheduler.jobs import JobTable, Work
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
 from flexllm.scheduler.requests import RequestQueues
 
@@ -22,9 +21,8 @@ class HybridTokenScheduler:
     and removed. Times are on the caller's clock. Not thread-safe.
 
     Requests come first: they are planned exactly as if there were no finetuning, and get its pages when theirs run out.
-    Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it. Some of it is kept
-    for setbacks (headroom.py), and there is none before the last prompt is computed. Whoever carries out the plan may drop the
-    rest of its finetuning when a request comes.
+    Finetuning is planned into the slack, the time until the earliest token deadline, and never beyond it; there is none before the
+    last prompt is computed. Whoever carries out the plan may drop the rest of its finetuning when a request comes.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, latency: LatencyModel, finetune_budget: ByteBudget) -> None:
@@ -34,11 +32,11 @@ class HybridTokenScheduler:
         self._pool = pool
         self._requests = RequestQueues(config, pool, latency)
         self._jobs = JobTable(pool, finetune_budget, config.max_sequences)
-        self._reserve = Reserve()
         self._margin = 0.1  # of a predicted time, for prediction errors
         self._num_updates = 0
         self._inference_streak = 0  # mode `temporal`: iterations since finetuning had its turn
         self._inference_seconds = 0.0  # predicted, of the last inference rows planned
+        self._work_seconds: dict[Work, float] = {}  # the same of each piece of finetuning in the last plan
 
     def reconfigure(self, config: SchedulerConfig) -> None:
         """Plan by other settings from the next iteration on. ValueError for a change of one that is fixed at the start."""
@@ -105,18 +103,15 @@ class HybridTokenScheduler:
                 return plan
         self._inference_streak += 1
         inference, features = self._plan_inference(now)
-        self._watch_prompts(features)
         return self._compose(inference, features, self._slack(now), finetuning=self.config.mode in ("coserve", "finetune"))
 
     def update(self, plan: StepPlan, result: StepResult) -> tuple[TokenOutput, ...]:
         """Book what an iteration did, `plan` being what of its plan was done; returns the tokens it sampled. What was removed since it was
         planned is passed over."""
         outputs = self._requests.advance(plan.inference, result)
-        self._jobs.advance(plan)
+        self._jobs.advance(plan, self._work_seconds)
         if not plan.interrupted:
             self.latency.observe(features_of(plan), result.seconds)
-            if plan.inference and (plan.windows or plan.backward):
-                self._reserve.overrun(result.seconds - plan.predicted)
         self._num_updates += 1
         if self._num_updates % MARGIN_EVERY == 0:
             self._margin = min(MAX_MARGIN, max(0.0, self.latency.error_quantile(MARGIN_QUANTILE)))
@@ -134,7 +129,7 @@ class HybridTokenScheduler:
     def _plan_inference(self, now: float) -> tuple[tuple[InferenceChunk, ...], PlanFeatures]:
         if self.config.mode == "finetune":
             return (), PlanFeatures()
-        chunks = self._requests.plan(self._jobs.reclaim, self._jobs.reclaimable, lambda due: self._in_time(due - now))
+        chunks = self._requests.plan(now, self._jobs.reclaim, self._jobs.reclaimable, self._in_time)
         features = self._requests.features(chunks)
         self._inference_seconds = self.latency.predict(features)
         return chunks, features
@@ -146,15 +141,8 @@ class HybridTokenScheduler:
         return self._in_time(self._requests.slack(now))
 
     def _in_time(self, seconds: float) -> float:
-        """What an iteration may take by prediction if it has to end within so many seconds, prediction errors and setbacks allowed for."""
-        return max(0.0, seconds - self._reserve.seconds) / (1 + self._margin)
-
-    def _watch_prompts(self, features: PlanFeatures) -> None:
-        """Learn how far prompts put the running requests back."""
-        if features.rows > features.decode_rows and features.decode_rows:
-            self._reserve.prompts(self._inference_seconds, self._requests.pace())
-        else:
-            self._reserve.no_prompts()
+        """What an iteration may take by prediction if it has to end within so many seconds, prediction errors allowed for."""
+        return max(0.0, seconds) / (1 + self._margin)
 
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
@@ -165,6 +153,7 @@ class HybridTokenScheduler:
         if turns:
             fill.give_turns(turns, share=0 if self._requests.page_blocked else max(1, self.config.max_sequences // len(turns)))
         self.starved_iterations += bool(turns) and fill.is_empty
+        self._work_seconds = fill.seconds
         return StepPlan(
             inference=inference,
             windows=tuple(fill.windows),

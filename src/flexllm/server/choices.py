@@ -8,8 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexllm.config import INTERACTIVE
-from flexllm.core import FinishReason, SamplingParams, TokenLogprob, TokenOutput
+from flexllm.core import INTERACTIVE, FinishReason, SamplingParams, TokenLogprob, TokenOutput
 from flexllm.server.engine_client import Generation
 
 if TYPE_CHECKING:

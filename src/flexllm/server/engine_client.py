@@ -18,8 +18,8 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from flexllm.config import INTERACTIVE, EngineConfig, SchedulerConfig, shorten_spinning
-from flexllm.core import JobEvent, SamplingParams, TokenOutput
+from flexllm.config import EngineConfig, SchedulerConfig, shorten_spinning
+from flexllm.core import INTERACTIVE, JobEvent, SamplingParams, TokenOutput
 from flexllm.server import protocol
 from flexllm.server.engine_process import EngineFactory, build_engine, run_engine
 
@@ -226,8 +226,9 @@ class EngineClient:
         """One life of the engine process, from its start until it has ended and its last message is read."""
         self.fatal, self.progress = None, protocol.Progress("starting", 0.0)
         self.starts += 1
-        with tempfile.TemporaryDirectory(prefix="flexllm-") as folder, zmq.asyncio.Context() as context:
-            address = f"ipc://{folder}/engine"
+        folder = tempfile.TemporaryDirectory(prefix="flexllm-")  # of the socket's name, until the engine has found it
+        with folder, zmq.asyncio.Context() as context:
+            address = f"ipc://{folder.name}/engine"
             with context.socket(zmq.DEALER) as socket:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)
@@ -238,7 +239,7 @@ class EngineClient:
                     target=run_engine, args=(self._config, address, os.getpid(), self._build), name="flexllm-engine"
                 )
                 self._process.start()
-                receiver = asyncio.create_task(self._receive(socket))
+                receiver = asyncio.create_task(self._receive(socket, on_first=folder.cleanup))
                 try:
                     await self._process_end()
                     await asyncio.wait({receiver}, timeout=0.2)  # what it said last
@@ -269,7 +270,10 @@ class EngineClient:
                 reply.set_exception(error)
         self._on_loss()
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+    async def _receive(self, socket: zmq.asyncio.Socket, on_first: Callable[[], None]) -> None:
+        """`on_first` is called when the first message is here."""
+        await socket.poll()
+        on_first()
         while True:
             message = protocol.decode_message(await socket.recv())
             try:

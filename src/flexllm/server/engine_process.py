@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import zmq
 
 from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
-from flexllm.core import Request, RequestStatus, StepResult
+from flexllm.core import JobEvent, Request, RequestStatus, StepResult
 from flexllm.server import protocol
 
 logger = logging.getLogger("flexllm.engine")
@@ -44,7 +44,7 @@ class EngineLike(Protocol):
     def reconfigure(self, config: SchedulerConfig) -> None: ...
     def step(self, waited: Callable[[], float] = ...) -> StepResult: ...
     def stats(self) -> dict[str, Any]: ...
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> tuple[JobEvent, ...]: ...
 
 
 EngineFactory = Callable[[EngineConfig, ProgressCallback], EngineLike]
@@ -113,7 +113,8 @@ class EngineLoop:
             self._receive()
             self._step()
             self._report()
-        engine.shutdown()
+        if events := engine.shutdown():
+            self.send(protocol.Events(events))
 
     # ------------------------------------------------------------------------------------------------------- commands
     def _receive(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from flexllm.config import INTERACTIVE, JobSpec, SchedulerConfig
-from flexllm.core import JobEvent, SamplingParams, TokenOutput
+from flexllm.config import JobSpec, SchedulerConfig
+from flexllm.core import INTERACTIVE, JobEvent, SamplingParams, TokenOutput
 from flexllm.peft.config import PeftConfig, peft_config
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from flexllm.config import BATCH, INTERACTIVE, SLO, SchedulerConfig
-from flexllm.core import SamplingParams
+from flexllm.config import SLO, SchedulerConfig
+from flexllm.core import BATCH, INTERACTIVE, SamplingParams
 from flexllm.server.errors import bad_request
 
 MAX_CHOICES = 128

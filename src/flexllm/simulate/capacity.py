@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from flexllm.config import SchedulerConfig
@@ -40,7 +40,6 @@ def plan_capacity(
     machine: Machine,
     machine_alone: Machine | None = None,
     *,
-    headroom: float = 0.1,
     attainment: float = 0.99,
     max_replicas: int = 64,
     seconds: float | None = None,
@@ -49,17 +48,13 @@ def plan_capacity(
 ) -> CapacityPlan:
     """The fewest replicas for a trace with at least `attainment` of its requests within the SLO, and `finetune_rate` tokens per second.
 
-    `headroom`: co-serving schedulers are given a TPOT objective that much tighter than the one judged by. They spend all time until
-    the next token's deadline, and a prompt that comes then makes it late; how much to keep back is for an operator to set.
     `machine_alone`: a replica that only serves, whose memory holds no activations (default: `machine`). Replicas that only
     finetune are as fast as one alone, and whole. ValueError when `max_replicas` are not enough.
     """
 
-    aim = replace(config, slo=replace(config.slo, tpot=config.slo.tpot * (1 - headroom)))
-
     def run(split: str, replicas: int) -> SimulationResult:
         on = machine_alone or machine if split == "inference" else machine
-        return simulate(trace, [job], fleet(split, replicas, aim), on, seconds=seconds, noise=noise, seed=seed)
+        return simulate(trace, [job], fleet(split, replicas, config), on, seconds=seconds, noise=noise, seed=seed)
 
     def serves(result: SimulationResult) -> bool:
         return result.attainment(config.slo, config.class_slos) >= attainment

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
+from flexllm.core import INTERACTIVE, FinetuneJob, JobStatus, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.latency import LatencyModel
@@ -42,7 +42,7 @@ class RequestRecord:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
-    priority: str = "interactive"
+    priority: str = INTERACTIVE
     replica: int = 0
     refused: bool = False  # the queue was full, or it could never fit
     tokens: int = 0  # sampled so far

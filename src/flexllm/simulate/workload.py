@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from flexllm.core import INTERACTIVE
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -21,7 +23,7 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
-    priority: str = "interactive"  # the SLO class
+    priority: str = INTERACTIVE  # the SLO class
 
 
 def gamma_arrivals(
