@@ -29,7 +29,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The grid in full takes some 20 minutes; VLLM_PYTHON (benchmarks/README.md) adds the contestants that need vLLM.
+# The grid in full takes 20 minutes, 26 with VLLM_PYTHON (benchmarks/README.md), which adds the contestants that need vLLM. Each step
+# says how long it took.
 bench: setup
 	$(BIN)/python benchmarks/coserve.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/schedule.py

@@ -19,6 +19,7 @@ from typing import Any
 
 from flexllm.config import shorten_spinning
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed: full runs only
 QUICK_RESULTS = ROOT / "out"
@@ -49,7 +50,7 @@ def spin_as_the_server() -> None:
 def finish(name: str, args: argparse.Namespace, fields: Mapping[str, Any], samples: Any) -> None:
     """Write the result file and print the same object as the last line of stdout."""
     result, out = write(name, args, fields, samples)
-    log(f"wrote {out}")
+    log(f"wrote {out} after {time.monotonic() - STARTED:.0f} s")
     print(json.dumps(result), flush=True)
 
 

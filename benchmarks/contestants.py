@@ -1,4 +1,4 @@
-"""Who takes part in coserve.py: this engine's server in one of its modes, or vLLM beside PEFT training. One is awake at a time."""
+"""Who takes part in coserve.py: this engine's server under various settings, or vLLM beside PEFT training. One is awake at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +23,7 @@ from workloads import Load, random_prompts
 
 SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
 PROBES = 3
+ROW_PROBE = 512  # tokens of a prompt that says what a row costs; one iteration computes them
 PATIENCE = 15.0  # seconds after the last arrivals
 ENOUGH_TOKENS = 10  # a request that has them when the arrivals end is judged by them: draining would take as long as measuring
 CLEAN_SECONDS = 20.0
@@ -31,16 +33,21 @@ PEER_ROWS = 256  # of a training step of PEFT, about as many as our jobs' exampl
 
 
 class Ours:
-    """A server of this engine. With `training_seed` it has a LoRA job that outlasts the benchmark; being frozen is its pause."""
+    """A server of this engine with a LoRA job that outlasts the benchmark; being frozen is its pause. The contestants differ in the
+    scheduler's settings, which change while it runs: `{"mode": "inference"}` gives the job no time."""
 
-    def __init__(self, server: Server, folder: Path, training_seed: int | None = None) -> None:
+    def __init__(self, server: Server, folder: Path, training_seed: int) -> None:
         self.server = server
-        if training_seed is not None:
-            start_job(server, folder, training_seed)
-            time.sleep(WARM_SECONDS)
+        start_job(server, folder, training_seed)
+        time.sleep(WARM_SECONDS)
 
-    def run(self, load: Load) -> Phase:
-        """Offer the load and count over its seconds, beginning with an idle server; the answers are then waited for."""
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Of the server, awake. Raises httpx.HTTPStatusError when it refuses, RuntimeError if it does not live."""
+        wait_until_up(self.server)
+        httpx.patch(f"{self.server.base_url}/scheduler", json=dict(settings), timeout=30).raise_for_status()
+
+    def run(self, settings: Mapping[str, Any], load: Load) -> Phase:
+        """Offer the load and count over its seconds, beginning without requests; the answers are then waited for."""
 
         async def phase() -> tuple[list[RequestRecord], Counters, Counters]:
             before = await asyncio.to_thread(Counters.read, self.server)
@@ -50,6 +57,7 @@ class Ours:
             return await requests, before, after
 
         with awake(self.server):
+            self.set(settings)
             settle(self.server)
             records, before, after = asyncio.run(phase())
             wait_until_clean(self.server)
@@ -59,16 +67,15 @@ class Ours:
 
 
 class VllmBesidePeft:
-    """vLLM, and PEFT training for as long as there are requests; which cores they have was said when they were started."""
+    """vLLM, which was given its cores when it was started, and PEFT training on `cores` for as long as there are requests."""
 
-    def __init__(self, server: Server, peer: Peer, vocab_size: int, seed: int) -> None:
+    def __init__(self, server: Server, peer: Peer, cores: Sequence[int], vocab_size: int, seed: int) -> None:
         self.server = server
-        self._peer = peer
+        self._peer, self._cores = peer, cores
         self._ids = random_prompts([PEER_ROWS + 1], vocab_size, seed)[0]
-        self._train()
 
     def _train(self) -> float:
-        return float(self._peer.ask(ids=self._ids, checkpointing=False, count=False)["seconds"])
+        return float(self._peer.ask(ids=self._ids, checkpointing=False, count=False, threads=len(self._cores))["seconds"])
 
     def run(self, load: Load) -> Phase:
         steps: list[float] = []
@@ -79,6 +86,7 @@ class VllmBesidePeft:
                 steps.append(self._train())
 
         trainer = threading.Thread(target=train)
+        self._peer.pin(self._cores)
         with awake(self.server):
             settle(self.server)
             trainer.start()
@@ -88,6 +96,8 @@ class VllmBesidePeft:
                 done.set()
                 trainer.join()
             wait_until_clean(self.server)
+        if not steps:
+            raise RuntimeError("PEFT has trained no step")
         return Phase(records, load.seconds, PEER_ROWS * len(steps) / sum(steps), None)
 
 
@@ -119,8 +129,13 @@ class Counters:
 
 
 def settle(server: Server) -> None:
-    """What to do with a server that was just thawed. Raises RuntimeError if it does not live: its figures would be zeros."""
+    """What to do with a server that was just thawed, or was given other settings."""
     time.sleep(SETTLE)
+    wait_until_up(server)
+
+
+def wait_until_up(server: Server) -> None:
+    """Raises RuntimeError if it does not live: its figures would be zeros."""
     deadline = time.monotonic() + COMES_BACK_SECONDS
     while (answer := httpx.get(f"{server.base_url}/health", timeout=30)).status_code != 200:
         if time.monotonic() > deadline:
@@ -152,21 +167,32 @@ def decode_step_seconds(server: Server, vocab_size: int, seed: int) -> float:
     return min(statistics.median(r.tpot for r in asyncio.run(probe())) for _ in range(PROBES))
 
 
-def capacity(server: Server, load: Load, concurrency: int, warmup: float) -> float:
-    """Requests per second of a closed loop over the seconds of the load after the first `warmup`.
+def row_seconds(server: Server, vocab_size: int, seed: int) -> float:
+    """What a row costs at the least, as one of many: TTFT of a lone long prompt over its tokens, the least of PROBES."""
+
+    async def probe() -> list[RequestRecord]:
+        async with LoadGenerator(server.base_url, server.model) as generator:
+            return await generator.closed_loop(random_prompts([ROW_PROBE] * PROBES, vocab_size, seed), [2] * PROBES, concurrency=1)
+
+    return min(r.ttft for r in asyncio.run(probe())) / ROW_PROBE
+
+
+def capacity(ours: Ours, load: Load, concurrency: int, warmup: float) -> float:
+    """Requests per second without finetuning, of a closed loop over the seconds of the load after the first `warmup`.
 
     A request counts by the share of its tokens that came within that time, so that those in flight at either end do not go amiss.
     """
 
     async def probe() -> list[RequestRecord]:
-        async with LoadGenerator(server.base_url, server.model) as generator:
+        async with LoadGenerator(ours.server.base_url, ours.server.model) as generator:
             outputs = [a.output_tokens for a in load.arrivals]
             return await generator.closed_loop(load.prompts, outputs, concurrency, seconds=load.seconds)
 
-    with awake(server):
-        settle(server)
+    with awake(ours.server):
+        ours.set({"mode": "inference"})
+        settle(ours.server)
         records = asyncio.run(probe())
-        wait_until_clean(server)
+        wait_until_clean(ours.server)
     wanted = [a.output_tokens for a in load.arrivals]
     return completed(records, wanted, warmup, load.seconds) / (load.seconds - warmup)
 

@@ -1,9 +1,10 @@
 """Co-serving: requests under an SLO while a LoRA job trains in what they leave over, against everything else one could do.
 
-A grid: traces x loads x objectives, and in every cell all contestants, awake one at a time, with the same requests: this
-engine serving alone, co-serving under each of the objectives, finetuning alone and in temporal sharing; with --vllm-python
-also a machine split in two (vLLM on half of the cores, PEFT training on the rest) and both on all cores. Objectives scale with
-h, the decode step at batch 8 measured here over 13 ms (the same on an A100 for an 8B model). README.md has the rest.
+A grid: traces x loads x objectives, and in every cell all contestants, awake one at a time, with the same requests: one server
+of this engine, told to serve alone, to co-serve under each of the objectives, to finetune, or to share its time; with
+--vllm-python also a machine split in two (vLLM on half of the cores, PEFT training on the rest) and both on all cores.
+Objectives scale with h, the decode step at batch 8 measured here over 13 ms (the same on an A100 for an 8B model).
+README.md has the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,24 @@ from rich.table import Table
 
 import common
 from common import QUICK_RESULTS, finish, log, parser, write
-from contestants import ENOUGH_TOKENS, PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds
+from contestants import ENOUGH_TOKENS, PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds, row_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
-from grid import ATTAINED, LOADS, REFERENCE_STEP, Phase, Sample, Slos, cell_figures, grid_figures, slos_here
-from processes import Peer, Server, awake, flexllm_server, freezer, vllm_server
+from grid import ATTAINED, LOADS, REFERENCE_STEP, SLOS, Phase, Sample, Slos, cell_figures, grid_figures, own_slo, slos_here
+from processes import Peer, flexllm_server, freezer, memory_bytes, vllm_server
 from workloads import TRACES, Load, Trace, load_of
 
-EVERY_ROUND = ("inference", "coserve-loose", "finetune", "coserve-strict", "split")  # the others: the first round only
-DEDICATED = 0.5  # of a phase is enough for finetuning alone: no request has to come by chance
+# Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
+# A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
+EVERY_ROUND = {"inference": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "coserve-strict": 1.0, "split": 0.5}
+FIRST_ROUND = 0.5  # of the others, which have no further rounds
+VLLM_BESIDE_PEFT = ("split", "contending")
+OURS = "flexllm"  # our server: its log and its state
 CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
-MEMORY = ("--kv-cache-gb", "0.5", "--finetune-gb", "0.6")  # several servers live side by side
+MEMORY = ("--kv-cache-gb", "0.5", "--finetune-gb", "0.6")
+# Seconds, roughly, for the estimate alone: the start of our server and of one of vLLM, and a phase beside its arrivals.
+START, START_VLLM, OVERHEAD = 60.0, 75.0, 2.2
 
 Run = Callable[[Load], Phase]
 
@@ -60,68 +68,69 @@ class Setting:
 
 
 # ---------------------------------------------------------------------------------------------------------- who takes part
-@contextlib.contextmanager
-def flexllm(setting: Setting, name: str, *flags: str) -> Iterator[Server]:
-    """A server of ours with a state of its own, but the latency profile of the first."""
-    state, profiles = setting.folder / name, setting.folder / "inference" / "profiles"
-    if profiles.exists() and name != "inference":
-        shutil.copytree(profiles, state / "profiles")
-    flags = ("--state-dir", str(state), "--dtype", "bfloat16", *MEMORY, *flags)
-    with flexllm_server(setting.model, setting.folder / f"{name}.log", *flags, threads=setting.args.threads) as server:
-        yield server
+def contestant_names(args: argparse.Namespace) -> list[str]:
+    """Those that are in every round first, so that what is compared is side by side."""
+    coserve = [f"coserve-{slo}" for slo in SLOS if not (args.quick and slo == "mid")]
+    temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
+    vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
+    found = {"inference", "finetune", *coserve, *temporal, *vllm}
+    return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
 
 
-def training_servers(args: argparse.Namespace, slos: Slos) -> dict[str, tuple[str, ...]]:
-    """Flags of those of our servers that finetune, by name."""
-
-    def objectives(name: str) -> tuple[str, ...]:
-        return "--slo-ttft", f"{slos[name][0]:.4f}", "--slo-tpot", f"{slos[name][1]:.4f}"
-
-    found = {f"coserve-{name}": objectives(name) for name in slos if not (args.quick and name == "mid")}
-    for steps in args.temporal:
-        flags = ("--mode", "temporal", "--temporal-steps", str(steps))
-        found[f"temporal-{steps or 'dynamic'}"] = (*flags, *objectives("loose"))
+def scheduler_settings(name: str, slos: Slos) -> dict[str, Any]:
+    """What makes our server this contestant."""
+    ttft, tpot = slos[own_slo(name)]
+    found: dict[str, Any] = {"mode": "coserve", "slo": {"ttft": ttft, "tpot": tpot}}
+    if name == "inference":
+        found["mode"] = "inference"
+    elif name.startswith("temporal-"):
+        steps = name.removeprefix("temporal-")
+        found |= {"mode": "temporal", "temporal_inference_steps": 0 if steps == "dynamic" else int(steps)}
     return found
 
 
-def start_ours(stack: contextlib.ExitStack, setting: Setting, slos: Slos) -> dict[str, Run]:
-    found: dict[str, Run] = {}
-    for name, flags in training_servers(setting.args, slos).items():
-        server = stack.enter_context(flexllm(setting, name, *flags))
-        contestant = Ours(server, setting.folder / name, training_seed=setting.args.seed)
-        stack.enter_context(freezer(server))
-        contestant.run(setting.warmup)
-        found[name] = contestant.run
-    found["finetune"] = lambda load: found["coserve-loose"](Load([], [], DEDICATED * load.seconds))
-    return found
+def run_ours(ours: Ours, slos: Slos, names: list[str]) -> dict[str, Run]:
+    return {name: partial(ours.run, scheduler_settings(name, slos)) for name in names if name not in VLLM_BESIDE_PEFT}
 
 
-def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting) -> dict[str, Run]:
-    """`split`: each has its cores to itself. `contending`: both have all of them."""
+def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting, processes: dict[str, int]) -> dict[str, Run]:
+    """`split`: each has its cores to itself. `contending`: both have all of them. They share the PEFT process."""
     cores = sorted(os.sched_getaffinity(0))
     half = max(1, len(cores) // 2)
     if len(cores) < 2:
         raise RuntimeError("a machine with one core cannot be split")
     found: dict[str, Run] = {}
+    peer = stack.enter_context(Peer("hf_peft.py", "--model", str(setting.model), threads=len(cores)))
+    processes["peft"] = peer.pid
     for name, serving, training in (("split", cores[:half], cores[half:]), ("contending", cores, cores)):
         server = stack.enter_context(vllm_server(setting.args.vllm_python, setting.model, setting.folder / f"{name}.log", serving))
-        peer = stack.enter_context(Peer("hf_peft.py", "--model", str(setting.model), threads=len(training), cores=training))
+        processes[name] = server.process.pid
         stack.enter_context(freezer(server))
-        contestant = VllmBesidePeft(server, peer, setting.vocab_size, setting.args.seed)
-        contestant.run(setting.warmup)
-        found[name] = contestant.run
+        found[name] = VllmBesidePeft(server, peer, training, setting.vocab_size, setting.args.seed).run
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
-def rates(setting: Setting, server: Server, trace: Trace) -> tuple[float | None, dict[str, float]]:
+def estimated_seconds(args: argparse.Namespace) -> float:
+    """Of the whole run, roughly."""
+    names = contestant_names(args)
+    cell = sum(share_of(name) * args.seconds + OVERHEAD for _, name in phases(names, args.rounds))
+    probes = 0.0 if args.rates else CAPACITY_WARMUP + CAPACITY_SECONDS + OVERHEAD
+    return START + START_VLLM * ("split" in names) * 2 + len(args.traces) * (probes + len(loads(args)) * cell)
+
+
+def share_of(contestant: str) -> float:
+    return EVERY_ROUND.get(contestant, FIRST_ROUND)
+
+
+def rates(setting: Setting, ours: Ours, trace: Trace) -> tuple[float | None, dict[str, float]]:
     """The capacity for this trace (None: not measured), and requests per second by load."""
     names = loads(setting.args)
     if setting.args.rates:
         return None, dict(zip(names, setting.args.rates, strict=True))
     seconds = CAPACITY_WARMUP + CAPACITY_SECONDS
     load = setting.load(trace, 0, CAPACITY_REQUESTS / seconds, seconds)
-    found = capacity(server, load, CAPACITY_CONCURRENCY, CAPACITY_WARMUP)
+    found = capacity(ours, load, CAPACITY_CONCURRENCY, CAPACITY_WARMUP)
     log(f"{trace.name}: {found:.2f} requests/s at concurrency {CAPACITY_CONCURRENCY}")
     return found, {name: LOADS[name] * found for name in names}
 
@@ -130,13 +139,14 @@ def loads(args: argparse.Namespace) -> list[str]:
     return ["mid"] if args.quick else list(LOADS)
 
 
-def phases(contestants: Mapping[str, Run], rounds: int) -> list[tuple[int, str]]:
+def phases(contestants: Iterable[str], rounds: int) -> list[tuple[int, str]]:
     """(round, contestant) in the order of measuring: contestants take turns within a round."""
     return [(turn, name) for turn in range(rounds) for name in contestants if turn == 0 or name in EVERY_ROUND]
 
 
-def keep_log(setting: Setting, name: str) -> Path:
-    """Where the log of a contestant that failed will still be when this run is over."""
+def keep_log(setting: Setting, contestant: str) -> Path:
+    """Where the log of a contestant's server that failed will still be when this run is over."""
+    name = contestant if contestant in VLLM_BESIDE_PEFT else OURS
     kept = QUICK_RESULTS / f"coserve-{name}.log"
     kept.parent.mkdir(exist_ok=True)
     with contextlib.suppress(OSError):
@@ -147,16 +157,16 @@ def keep_log(setting: Setting, name: str) -> Path:
 def measure_cell(
     setting: Setting, contestants: Mapping[str, Run], trace: Trace, load: str, rate: float, start: int, progress: Callable[[str], None]
 ) -> list[Sample]:
-    """Every contestant with the same requests in a round; each round takes the next ones of the trace. One that fails (its server is
-    gone) is left out of that round, and said so."""
+    """Every contestant with the same requests in a round, or with the first of them; each round takes the next ones of the trace. One
+    that fails (its server is gone) is left out of that round, and said so."""
     args, found = setting.args, []
     per_round = max(1, round(rate * args.seconds))
     for turn, name in phases(contestants, args.rounds):
         progress(f"{trace.name} {load}, round {turn + 1}: {name}")
-        offered = setting.load(trace, start + turn * per_round, rate, args.seconds)
+        offered = setting.load(trace, start + turn * per_round, rate, args.seconds).first(share_of(name) * args.seconds)
         try:
-            phase = contestants[name](offered)
-        except (httpx.HTTPError, RuntimeError) as error:
+            phase = contestants[name](Load([], [], offered.seconds) if name == "finetune" else offered)
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
             log(f"{trace.name} {load} {turn + 1} {name}: left out, {error!r}; its log is in {keep_log(setting, name)}")
             continue
         found.append(Sample(trace.name, load, name, turn, phase))
@@ -169,12 +179,12 @@ def measure_cell(
     return found
 
 
-def measure(setting: Setting, server: Server, slos: Slos, contestants: Mapping[str, Run], fields: dict[str, Any]) -> list[Sample]:
+def measure(setting: Setting, ours: Ours, slos: Slos, contestants: Mapping[str, Run], fields: dict[str, Any]) -> list[Sample]:
     """All cells, into `fields` and into the result file as they come. Returns the samples."""
     args = setting.args
     samples: list[Sample] = []
     cells: list[dict[str, Any]] = []
-    by_trace = {trace.name: rates(setting, server, trace) for trace in setting.traces}
+    by_trace = {trace.name: rates(setting, ours, trace) for trace in setting.traces}
     total = len(by_trace) * len(loads(args)) * len(phases(contestants, args.rounds))
     with shown(total) as progress:
         for trace in setting.traces:
@@ -185,7 +195,7 @@ def measure(setting: Setting, server: Server, slos: Slos, contestants: Mapping[s
                 start += args.rounds * max(1, round(rate * args.seconds))
                 samples += measured
                 where = {"trace": trace.name, "load": load, "rate": rate, "capacity_req_s": capacity_req_s}
-                cells.append({**where, "seconds": args.seconds, "rounds": args.rounds, **cell_figures(measured, slos)})
+                cells.append({**where, **cell_figures(measured, slos, fields["row_seconds"])})
                 fields |= grid_figures(cells, samples, slos)
                 write("coserve", args, fields, [s.as_dict() for s in samples])
     return samples
@@ -227,15 +237,15 @@ def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
-    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 5, with --quick 8)")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 10, with --quick 8)")
     found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
-    found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="frequencies of temporal sharing, 0: dynamic (default: 128 0)")
+    found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="of temporal sharing, 0: dynamic (default: 64 128 512 0)")
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
-    args.seconds = args.seconds or (8.0 if args.quick else 5.0)
+    args.seconds = args.seconds or (8.0 if args.quick else 10.0)
     args.rounds = args.rounds or (1 if args.quick else 2)
-    args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [128, 0])
+    args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
     if args.rates and len(args.rates) != len(loads(args)):
         found.error(f"--rates needs one rate for each of the loads {', '.join(loads(args))}")
     return args
@@ -243,6 +253,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
+    log(f"about {estimated_seconds(args) / 60:.0f} minutes")
     model = resolve_model(args.model)
     traces = [Trace.named(name, common.TRACES, args.seed) for name in args.traces]
     for trace in traces:
@@ -250,27 +261,38 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         setting = Setting(args, model, ModelConfig.from_hf(model).vocab_size, traces, folder)
-        server = stack.enter_context(flexllm(setting, "inference", "--mode", "inference"))
-        inference = Ours(server, folder)
-        stack.enter_context(freezer(server))
-        with awake(server):
-            step = decode_step_seconds(server, setting.vocab_size, args.seed)
+        flags = ("--state-dir", str(folder / OURS), "--dtype", "bfloat16", *MEMORY)
+        server = stack.enter_context(flexllm_server(model, folder / f"{OURS}.log", *flags, threads=args.threads))
+        processes = {OURS: server.process.pid}
+        ours = Ours(server, folder, args.seed)
+        ours.set({"mode": "inference"})
+        step = decode_step_seconds(server, setting.vocab_size, args.seed)
+        row = row_seconds(server, setting.vocab_size, args.seed)
         slos = slos_here(step / REFERENCE_STEP)
-        log(f"decode step at batch 8: {1e3 * step:.1f} ms; objectives (TTFT s, TPOT s): {slos}")
-        contestants: dict[str, Run] = {"inference": inference.run, **start_ours(stack, setting, slos)}
+        log(f"decode step at batch 8: {1e3 * step:.1f} ms; objectives (TTFT s, TPOT s): {slos}; a row: {1e3 * row:.2f} ms")
+        stack.enter_context(freezer(server))
+        names = contestant_names(args)
+        by_name = run_ours(ours, slos, names)
         if args.vllm_python:
-            contestants |= start_vllm_beside_peft(stack, setting)
-        contestants = dict(sorted(contestants.items(), key=lambda item: item[0] not in EVERY_ROUND))  # those to be paired, side by side
+            by_name |= start_vllm_beside_peft(stack, setting, processes)
+        contestants = {name: by_name[name] for name in names}
+        for name in ("coserve-loose", *(VLLM_BESIDE_PEFT if args.vllm_python else ())):
+            contestants[name](setting.warmup)
         fields: dict[str, Any] = {
             "h": step / REFERENCE_STEP,
             "decode_step_ms": 1e3 * step,
+            "row_seconds": row,
             "slos": {name: {"ttft_s": ttft, "tpot_s": tpot} for name, (ttft, tpot) in slos.items()},
             "split_attains_from": ATTAINED,
             "traces": {trace.name: trace.source for trace in traces},
+            "rounds": args.rounds,
+            "phase_seconds": {name: share_of(name) * args.seconds for name in names},
             "patience_s": PATIENCE,
             "cut_after_tokens": ENOUGH_TOKENS,
         }
-        samples = measure(setting, server, slos, contestants, fields)
+        samples = measure(setting, ours, slos, contestants, fields)
+        fields["memory_gb"] = {name: memory_bytes(pid) / 1e9 for name, pid in processes.items()}
+        log("memory, GB: " + ", ".join(f"{name} {gb:.1f}" for name, gb in fields["memory_gb"].items()))
     show(fields["cells"])
     finish("coserve", args, fields, [s.as_dict() for s in samples])
 

@@ -22,14 +22,14 @@ class Phase:
     """What one contestant did with one load."""
 
     records: list[RequestRecord]
-    seconds: float  # of arrivals
+    seconds: float  # of arrivals, over which finetuning and busy time count
     finetune_tok_s: float  # tokens whose backward is done
     busy: float | None  # share of the time that the engine spent in iterations; None: not known
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A phase and where it belongs. Phases of one trace, load and round saw the same requests."""
+    """A phase and where it belongs. Phases of one trace, load and round saw the same requests, or the first of them."""
 
     trace: str
     load: str
@@ -39,7 +39,8 @@ class Sample:
 
     def as_dict(self) -> dict[str, Any]:
         where = {"trace": self.trace, "load": self.load, "contestant": self.contestant, "round": self.round}
-        return {**where, "finetune_tok_s": self.phase.finetune_tok_s, "busy": self.phase.busy, "requests": raw(self.phase.records)}
+        figures = {"seconds": self.phase.seconds, "finetune_tok_s": self.phase.finetune_tok_s, "busy": self.phase.busy}
+        return {**where, **figures, "requests": raw(self.phase.records)}
 
 
 def slos_here(h: float) -> dict[str, tuple[float, float]]:
@@ -73,12 +74,17 @@ def contestant_figures(name: str, phases: Sequence[Phase], slos: Slos) -> dict[s
         "goodput_req_s": sum(r.attains(*own) for r in records) / seconds,
         "attainment": {slo: attainment(records, limits) for slo, limits in slos.items()},
         "rounds": len(phases),
+        "seconds": seconds,
     }
 
 
 # --------------------------------------------------------------------------------------------------------------- a cell
-def cell_figures(samples: Sequence[Sample], slos: Slos) -> dict[str, Any]:
-    """Figures of the samples of one trace and load; ratios are medians of the ratios within a round."""
+def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> dict[str, Any]:
+    """Figures of the samples of one trace and load; ratios are medians of the ratios within a round.
+
+    `bound_tok_s` is what training could reach if every row of a request rode along in a training pass for `row_seconds`, the price of
+    its row alone, and nothing else cost anything: dedicated tok/s x (1 - row_seconds x the rows computed per second).
+    """
     names = dict.fromkeys(s.contestant for s in samples)
     contestants = {n: contestant_figures(n, [s.phase for s in samples if s.contestant == n], slos) for n in names}
     by_round: dict[str, dict[int, Phase]] = {n: {s.round: s.phase for s in samples if s.contestant == n} for n in names}
@@ -88,16 +94,41 @@ def cell_figures(samples: Sequence[Sample], slos: Slos) -> dict[str, Any]:
         rounds = [by_round.get(name, {}) for name in of]
         return median(figure(*(r[i] for r in rounds)) for i in rounds[0] if all(i in r for r in rounds))
 
+    def left(inference: Phase) -> float:
+        return max(0.0, 1 - row_seconds * rows_per_second(inference))
+
     split = contestants.get("split")
     return {
         "contestants": contestants,
         "idle_share": paired(_idle, "inference"),
-        "leftover_efficiency": {slo: paired(_leftover, f"coserve-{slo}", "finetune", "inference") for slo in slos},
+        "leftover_efficiency": {slo: paired(_leftover, *_three(slo)) for slo in slos},
         "speedup_vs_split": {slo: paired(_speed_ratio, f"coserve-{slo}", "split") for slo in slos},
         "split_attains": {slo: split is not None and _attains(split["attainment"][slo], slo) for slo in slos},
-        "bound_vs_split": paired(_speed_ratio, "finetune", "split"),
+        "bound_tok_s": paired(lambda alone, requests: alone.finetune_tok_s * left(requests), "finetune", "inference"),
+        "bound_share": {
+            slo: paired(lambda both, alone, requests: _ratio(_speed_ratio(both, alone), left(requests)), *_three(slo)) for slo in slos
+        },
+        "bound_vs_split": paired(
+            lambda alone, requests, split: _ratio(alone.finetune_tok_s * left(requests), split.finetune_tok_s),
+            *("finetune", "inference", "split"),
+        ),
+        "bound_leftover": paired(lambda requests: _ratio(left(requests), _idle(requests)), "inference"),
         "finetune_share": {slo: paired(_speed_ratio, f"coserve-{slo}", "finetune") for slo in slos},
     }
+
+
+def _three(slo: str) -> tuple[str, str, str]:
+    return f"coserve-{slo}", "finetune", "inference"
+
+
+def rows_per_second(phase: Phase) -> float:
+    """Rows of requests that were computed within the phase: prompts that had a first token, and a row for each token after it."""
+    inside = [(r.prompt_tokens, [t for t in r.token_times if t < phase.seconds]) for r in phase.records]
+    return sum(prompt + len(times) - 1 for prompt, times in inside if times) / phase.seconds
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
 
 
 def _idle(inference: Phase) -> float | None:
@@ -105,13 +136,12 @@ def _idle(inference: Phase) -> float | None:
 
 
 def _speed_ratio(one: Phase, other: Phase) -> float | None:
-    return one.finetune_tok_s / other.finetune_tok_s if other.finetune_tok_s else None
+    return _ratio(one.finetune_tok_s, other.finetune_tok_s)
 
 
 def _leftover(both: Phase, dedicated: Phase, inference: Phase) -> float | None:
     """The share of the dedicated speed over the share of time that requests alone leave idle; perfect time slicing is 1."""
-    share, idle = _speed_ratio(both, dedicated), _idle(inference)
-    return share / idle if share is not None and idle else None
+    return _ratio(_speed_ratio(both, dedicated), _idle(inference))
 
 
 def _attains(share: float | None, slo: str) -> bool:
@@ -136,6 +166,7 @@ def load_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
             "attainment": attainment(_pooled(samples, f"coserve-{slo}"), limits),
             "attainment_inference_only": attainment(_pooled(samples, "inference"), limits),
             "leftover_efficiency": median(c["leftover_efficiency"][slo] for c in cells),
+            "bound_share": median(c["bound_share"][slo] for c in cells),
             "speedup_vs_split": median(c["speedup_vs_split"][slo] for c in cells),
             "split_attains": _attains(attainment(_pooled(samples, "split"), limits), slo),
         }
@@ -157,6 +188,7 @@ def grid_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
         "finetune_tok_s": median(c["contestants"]["coserve-loose"]["finetune_tok_s"] for c in cells),
         "finetune_share": median(c["finetune_share"]["loose"] for c in cells),
         "leftover_efficiency": median(c["leftover_efficiency"]["loose"] for c in cells),
+        "bound_share": median(c["bound_share"]["loose"] for c in cells),
         "speedup_vs_best_split": median(c["speedup_vs_split"]["loose"] for c in cells),
         "p99_tpot_ms": pooled["p99_tpot_ms"],
         "max_gap_ms": pooled["max_gap_ms"],

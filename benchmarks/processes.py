@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from common import log
 
@@ -67,8 +68,8 @@ def vllm_server(python: Path, model: Path, log_file: Path, cores: Sequence[int],
         yield server
 
 
-def _pinned(command: list[str], cores: Sequence[int] | None) -> list[str]:
-    return command if cores is None else ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
+def _pinned(command: list[str], cores: Sequence[int]) -> list[str]:
+    return ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
 
 
 @contextlib.contextmanager
@@ -142,6 +143,15 @@ def _stop_group(process: subprocess.Popen[bytes]) -> None:
             process.wait(patience)
 
 
+def memory_bytes(pid: int) -> int:
+    """Of a process and those it started, pages that several share counted once; 0 of one that is gone."""
+    try:
+        process = psutil.Process(pid)
+        return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return 0
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -154,12 +164,22 @@ class Peer:
     It is sent one JSON object per line and answers with one JSON object per line; it prints nothing else on stdout.
     """
 
-    def __init__(self, script: str, *arguments: str, threads: int, cores: Sequence[int] | None = None) -> None:
+    def __init__(self, script: str, *arguments: str, threads: int) -> None:
         command = [sys.executable, str(Path(__file__).parent / "peers" / script), *arguments, "--threads", str(threads)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(_pinned(command, cores), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.ready = self._read()  # the first line says what the peer is
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def pin(self, cores: Sequence[int]) -> None:
+        """Let it run on these cores alone, the threads that it has and those that they start."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), cores)
 
     def ask(self, **message: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -180,5 +200,6 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may be gone
+            self._process.stdin.close()
         self._process.wait(STOP_TIMEOUT)

@@ -16,6 +16,8 @@ Result = Mapping[str, Any]
 BLUE, SKY, GREEN, ORANGE, RED, PINK, BLACK = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#222222"
 STYLES: dict[str, dict[str, Any]] = {
     "inference": {"color": BLACK, "marker": "o", "label": "requests alone"},
+    "finetune": {"color": QUIET, "marker": "", "ls": ":", "label": "no requests"},
+    "bound": {"color": QUIET, "marker": "", "ls": "-", "label": "bound"},
     "coserve-loose": {"color": BLUE, "marker": "s", "label": "coserve, loose SLO"},
     "coserve-mid": {"color": SKY, "marker": "s", "ls": "-.", "label": "coserve, mid SLO"},
     "coserve-strict": {"color": BLUE, "marker": "s", "ls": "--", "label": "coserve, strict SLO"},

@@ -84,8 +84,8 @@ class Cell:
         self._cell, self._model = cell, model
         self._where = {name: cell[name] for name in ("trace", "load")}
         self._slos = {name: SLO(slo["ttft_s"], slo["tpot_s"]) for name, slo in measured["slos"].items()}
-        here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
-        self._rounds = {name: [s for s in here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
+        self._here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
+        self._rounds = {name: [s for s in self._here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
 
     @property
     def contestants(self) -> list[str]:
@@ -94,9 +94,8 @@ class Cell:
 
     def simulate(self, contestant: str, factor: float) -> dict[str, float]:
         slo = self._slos[CONTESTANTS[contestant]]
-        seconds = self._cell["seconds"]
         rounds = self._rounds[contestant]
-        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), seconds, factor) for s in rounds], slo)
+        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), s["seconds"], factor) for s in rounds], slo)
 
     def fit(self) -> float:
         """The factor that gives inference alone its measured median TPOT, by bisection: under load TPOT is far from linear in it."""
@@ -124,7 +123,8 @@ class Cell:
     def dedicated(self, factor: float) -> dict[str, Any]:
         """The job alone: what part of a difference is the profile's, not the scheduling's."""
         slo = self._slos["loose"]
-        simulated = self._model.run("coserve-loose", slo, [], self._cell["seconds"], factor).finetune_rate
+        seconds = sum(s["seconds"] for s in self._here if s["contestant"] == "finetune")
+        simulated = self._model.run("coserve-loose", slo, [], seconds, factor).finetune_rate
         measured = self._cell["contestants"]["finetune"]["finetune_tok_s"]
         return {**self._where, "simulated": simulated, "measured": measured, "ratio": ratio(simulated, measured)}
 

@@ -31,6 +31,11 @@ class Load:
     prompts: list[list[int]]
     seconds: float
 
+    def first(self, seconds: float) -> Load:
+        """What is asked in the first `seconds`."""
+        count = sum(a.time < seconds for a in self.arrivals)
+        return Load(self.arrivals[:count], self.prompts[:count], seconds)
+
 
 @dataclass(frozen=True)
 class Trace:

@@ -305,6 +305,25 @@ def test_shutdown_tells_what_no_step_has_told(folder: Path, tmp_path: Path) -> N
     assert JobStatus.SUCCEEDED in [event.status for event in engine.shutdown()]
 
 
+# -------------------------------------------------------------------------------------------------------------- settings
+def test_settings_change_while_it_runs(tmp_path: Path, engine: Engine) -> None:
+    engine.add_job(spec(tmp_path))
+    run = Run(engine)
+    run.add(request("r", max_tokens=40))
+    scheduler = engine.config.scheduler
+    engine.reconfigure(dataclasses.replace(scheduler, mode="inference", max_window_rows=4))
+    run.until(lambda: len(run.plans) == 5)
+    assert not any(p.windows or p.backward for p in run.plans)
+    engine.reconfigure(dataclasses.replace(scheduler, max_window_rows=4))
+    with pytest.raises(ValueError, match="max_running"):
+        engine.reconfigure(dataclasses.replace(scheduler, max_running=scheduler.max_running + 1))
+    assert engine.config.scheduler.max_running == scheduler.max_running
+    run.finish()
+    assert 0 < max(p.window_rows for p in run.plans) <= 4
+    assert len(run.tokens["r"]) == 40
+    assert_idle(engine)
+
+
 # ----------------------------------------------------------------------------------------------------------------- state
 def test_stats(folder: Path, tmp_path: Path, engine: Engine) -> None:
     engine.register_adapter("good", folder / "good")

@@ -1,7 +1,8 @@
 """Hugging Face + PEFT training, one optimizer step per line on stdin: the baseline of benchmarks/finetune.py.
 
 LoRA on seven targets, SDPA attention, AdamW, batch 1. A line `{"ids": [...], "checkpointing": bool, "count": bool}` holds
-T + 1 token ids: T rows go forward and each has a label. The answer is `{"seconds", "loss"}`, and `saved_bytes` when `count`.
+T + 1 token ids: T rows go forward and each has a label. `threads` may be there too: so many from now on. The answer
+is `{"seconds", "loss"}`, and `saved_bytes` when `count`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Trainer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, foreach=True)
 
-    def step(self, ids: list[int], checkpointing: bool, count: bool) -> dict[str, Any]:
+    def step(self, ids: list[int], checkpointing: bool, count: bool, threads: int | None = None) -> dict[str, Any]:
+        if threads is not None:
+            torch.set_num_threads(threads)
         toggle = self.model.gradient_checkpointing_enable if checkpointing else self.model.gradient_checkpointing_disable
         toggle(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}))
         tokens = torch.tensor([ids])

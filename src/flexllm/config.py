@@ -102,6 +102,11 @@ class SchedulerConfig:
         require(self.idle_slice > 0, "idle_slice", "positive", self.idle_slice)
         require(self.temporal_inference_steps >= 0, "temporal_inference_steps", "0 or more", self.temporal_inference_steps)
 
+    def check_successor(self, other: SchedulerConfig) -> None:
+        """ValueError, naming the field, when `other` differs where a running engine cannot: memory was sized by it at the start."""
+        for name in ("max_batch_tokens", "max_running", "max_waiting", "max_sequences"):
+            require(getattr(other, name) == getattr(self, name), name, f"{getattr(self, name)}, as at the start", getattr(other, name))
+
     def slo_of(self, request_class: str) -> SLO:
         return self.class_slos.get(request_class, self.slo)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexllm.batch import FusedBatch
-from flexllm.config import EngineConfig, JobSpec
+from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
 from flexllm.core import (
     Execution,
     FinetuneJob,
@@ -135,6 +135,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def reconfigure(self, config: SchedulerConfig) -> None:
+        """Go on with other scheduler settings; nothing restarts. ValueError for a change of one that is fixed at the start."""
+        self.scheduler.reconfigure(config)
+        self.config = replace(self.config, scheduler=config)
 
     def _sample(self, hidden: Tensor, batch: FusedBatch) -> dict[str, TokenLogprob]:
         self._take_prompt_logprobs(hidden, batch)

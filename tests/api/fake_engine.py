@@ -1,7 +1,7 @@
 """An engine without a model: it says the same words to everybody, and trains by counting.
 
 What the prompt contains steers it: `REFUSE` and `BUSY` refuse the request, `BREAK` fails it, `CRASH` kills the process,
-`SLOW` makes iterations long.
+`SLOW` makes iterations long, `CLASS` and `MODE` are answered with the request's class and the scheduler's mode.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer  # flexllm's own brings transformers with it, seconds per process
 
-from flexllm.config import EngineConfig, JobSpec
+from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
 from flexllm.core import FinishReason, JobEvent, JobStatus, Request, RequestStatus, StepResult, TokenLogprob, TokenOutput, nobody_waits
 from flexllm.files import atomic_file
 from flexllm.finetune.data import TokenizedDataset
@@ -123,6 +123,9 @@ class FakeEngine:
             raise ValueError(f"unknown job {job_id!r}")
         return self._jobs[job_id]
 
+    def reconfigure(self, config: SchedulerConfig) -> None:
+        self.config = replace(self.config, scheduler=config)
+
     # ------------------------------------------------------------------------------------------------------- iterations
     def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:  # noqa: ARG002  # its steps are short
         start = time.monotonic()
@@ -139,8 +142,9 @@ class FakeEngine:
             return TokenOutput(request.id, None, finish_reason=FinishReason.ABORT, error="the iteration failed")
         request.status = RequestStatus.RUNNING
         params, done = request.sampling, len(request.output_ids)
-        asks = "CLASS" in self._tokenizer.decode(request.prompt_ids)
-        reply = self._tokenizer.encode(request.priority).ids if asks else self._reply
+        text = self._tokenizer.decode(request.prompt_ids)
+        asked = request.priority if "CLASS" in text else self.config.scheduler.mode if "MODE" in text else None
+        reply = self._tokenizer.encode(asked).ids if asked else self._reply
         token = reply[done % len(reply)]
         if done == len(reply) and not params.ignore_eos:
             token = self.model_config.eos_ids[0]

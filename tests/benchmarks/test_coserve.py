@@ -1,32 +1,95 @@
-"""Who takes part in the co-serving grid, and when."""
+"""Who takes part in the co-serving grid, when, and under which settings."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coserve import options, phases, training_servers
-from grid import slos_here
+import coserve
+from coserve import Setting, contestant_names, estimated_seconds, measure_cell, options, phases, scheduler_settings
+from flexllm.config import SchedulerConfig
+from flexllm.server.wire import SchedulerPatch
+from flexllm.simulate.workload import Arrival
+from grid import Phase, slos_here
+from workloads import Load, Trace
 
-CONTESTANTS = dict.fromkeys(["inference", "coserve-loose", "finetune", "split", "coserve-mid", "temporal-128"])
+
+def arguments(**changes: Any) -> argparse.Namespace:
+    found = {"quick": False, "temporal": [64, 0], "vllm_python": Path("python"), "rounds": 2, "seconds": 8.0, "seed": 0}
+    return argparse.Namespace(**{**found, "rates": None, "traces": ["bursty"], **changes})
 
 
 def test_contestants_take_turns_and_the_costly_ones_come_once() -> None:
-    paired = ["inference", "coserve-loose", "finetune", "split"]
-    assert phases(CONTESTANTS, 2) == [
-        *((0, name) for name in [*paired, "coserve-mid", "temporal-128"]),
-        *((1, name) for name in paired),
-    ]
+    paired = ["inference", "coserve-loose", "finetune", "coserve-strict", "split"]
+    others = ["coserve-mid", "temporal-64", "temporal-dynamic", "contending"]
+    names = contestant_names(arguments())
+    assert names == [*paired, *others]
+    assert phases(names, 2) == [*((0, name) for name in names), *((1, name) for name in paired)]
+    alone = contestant_names(arguments(quick=True, vllm_python=None, temporal=[128]))
+    assert alone == ["inference", "coserve-loose", "finetune", "coserve-strict", "temporal-128"]
 
 
-def test_servers_are_told_their_own_objectives() -> None:
+def test_one_server_is_each_of_ours_by_its_settings() -> None:
     slos = slos_here(2.0)
-    found = training_servers(argparse.Namespace(quick=False, temporal=[64, 0]), slos)
-    assert list(found) == ["coserve-loose", "coserve-mid", "coserve-strict", "temporal-64", "temporal-dynamic"]
-    assert found["coserve-strict"] == ("--slo-ttft", "0.5000", "--slo-tpot", "0.1000")
-    assert found["temporal-dynamic"] == ("--mode", "temporal", "--temporal-steps", "0", "--slo-ttft", "5.0000", "--slo-tpot", "0.0900")
-    assert "coserve-mid" not in training_servers(argparse.Namespace(quick=True, temporal=[]), slos)
+    found = {
+        name: SchedulerPatch(**scheduler_settings(name, slos)).apply(SchedulerConfig(mode="finetune"))
+        for name in contestant_names(arguments(vllm_python=None))
+    }
+    modes = {name: config.mode for name, config in found.items()}
+    assert modes.pop("inference") == "inference"
+    assert {modes.pop("temporal-64"), modes.pop("temporal-dynamic")} == {"temporal"}
+    assert set(modes.values()) == {"coserve"}
+    assert (found["temporal-64"].temporal_inference_steps, found["temporal-dynamic"].temporal_inference_steps) == (64, 0)
+    objectives = {name: (config.slo.ttft, config.slo.tpot) for name, config in found.items()}
+    assert objectives.pop("coserve-strict") == slos["strict"]
+    assert objectives.pop("coserve-mid") == slos["mid"]
+    assert set(objectives.values()) == {slos["loose"]}
+
+
+def cell(args: argparse.Namespace, tmp_path: Path) -> tuple[list[Any], dict[str, list[Load]]]:
+    """A cell in which `split` fails, and what was asked of whom."""
+    asked: dict[str, list[Load]] = {name: [] for name in contestant_names(args)}
+
+    def runner(name: str) -> coserve.Run:
+        def run(load: Load) -> Phase:
+            asked[name].append(load)
+            if name == "split":
+                raise RuntimeError("its server is gone")
+            return Phase([], load.seconds, 1.0, None)
+
+        return run
+
+    trace = Trace("t", "made up", [Arrival(float(i), 10 + i, 5) for i in range(100)])
+    setting = Setting(args, tmp_path, 5000, [trace], tmp_path)
+    samples = measure_cell(setting, {name: runner(name) for name in asked}, trace, "mid", 1.0, 0, lambda _: None)
+    return samples, asked
+
+
+def test_baselines_have_the_first_of_the_same_requests(tmp_path: Path) -> None:
+    samples, asked = cell(arguments(), tmp_path)
+    first, second = asked["inference"]
+    assert [len(first.arrivals), len(second.arrivals)] == [8, 8]
+    assert first.prompts != second.prompts
+    assert asked["coserve-strict"] == asked["inference"]
+    (half,) = asked["temporal-64"]
+    assert (half.seconds, half.arrivals, half.prompts) == (4.0, first.arrivals[:4], first.prompts[:4])
+    assert [(load.seconds, load.arrivals) for load in asked["finetune"]] == [(3.2, [])] * 2
+    assert {s.as_dict()["seconds"] for s in samples} == {8.0, 4.0, 3.2}
+
+
+def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
+    samples, asked = cell(arguments(), tmp_path)
+    assert len(asked["split"]) == 2
+    assert {s.contestant for s in samples} == {*asked} - {"split"}
+
+
+def test_the_estimate_counts_every_phase() -> None:
+    short, long = (estimated_seconds(arguments(seconds=s)) for s in (8.0, 16.0))
+    per_cell = 2 * 3 * 8.0 + 2 * 0.5 * 8.0 + 2 * 0.4 * 8.0 + 4 * 0.5 * 8.0
+    assert long - short == pytest.approx(3 * per_cell)
 
 
 def test_every_load_needs_a_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

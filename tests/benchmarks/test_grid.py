@@ -6,8 +6,9 @@ import pytest
 
 from client import RequestRecord
 from contestants import completed
-from grid import Phase, Sample, attainment, cell_figures, contestant_figures, grid_figures, slos_here
+from grid import Phase, Sample, attainment, cell_figures, contestant_figures, grid_figures, rows_per_second, slos_here
 
+ROW = 0.1  # seconds
 SLOS = {"loose": (5.0, 0.1), "mid": (0.4, 0.3), "strict": (0.5, 0.05)}
 
 
@@ -66,17 +67,37 @@ def cell() -> list[Sample]:
 
 
 def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
-    found = cell_figures(cell(), SLOS)
+    found = cell_figures(cell(), SLOS, ROW)
     assert found["speedup_vs_split"] == {"loose": 1.5, "mid": 0.5, "strict": None}  # of 1.5, 0.75, 2; mid has one round
-    assert found["bound_vs_split"] == 2.0  # of 2, 1.25, 4
     assert found["idle_share"] == pytest.approx(0.4)
     assert found["leftover_efficiency"]["loose"] == pytest.approx(1.5)  # of 0.75 / 0.5, 0.6 / 0.4, 0.5 / 0.2
     assert found["leftover_efficiency"]["mid"] == pytest.approx(0.25 / 0.5)
     assert found["split_attains"] == {"loose": True, "mid": False, "strict": True}
 
 
+def test_rows_are_those_computed_within_the_phase() -> None:
+    """Ten of the prompt, and one for each token after the first."""
+    late = record(ttft=0.25, tpot=0.1, due=9.0)  # 9.25, 9.35, ... 10.25, eight of them within
+    after = record(due=9.9)
+    assert rows_per_second(Phase([record(), late, after], 10.0, 1.0, None)) == pytest.approx(((9 + 11) + (9 + 8)) / 10)
+    assert rows_per_second(Phase([], 10.0, 1.0, None)) == 0.0
+
+
+def test_the_bound_takes_from_training_what_the_rows_of_requests_cost() -> None:
+    """20 rows in ten seconds, a tenth of a second each: four fifths are left."""
+    found = cell_figures(cell(), SLOS, ROW)
+    assert found["bound_tok_s"] == pytest.approx(0.8 * 200)  # of 200, 100, 400
+    assert found["bound_share"]["loose"] == pytest.approx(0.6 / 0.8)  # of 0.75, 0.6, 0.5
+    assert found["bound_share"]["strict"] is None
+    assert found["bound_vs_split"] == pytest.approx(0.8 * 2)  # of 2, 1.25, 4
+    assert found["bound_leftover"] == pytest.approx(0.8 / 0.4)  # of 0.5, 0.4, 0.2
+    beyond = cell_figures(cell(), SLOS, 10 * ROW)
+    assert beyond["bound_tok_s"] == beyond["bound_vs_split"] == 0.0
+    assert beyond["bound_share"]["loose"] is None
+
+
 def test_without_a_split_there_is_no_ratio_to_it() -> None:
-    found = cell_figures([s for s in cell() if s.contestant != "split"], SLOS)
+    found = cell_figures([s for s in cell() if s.contestant != "split"], SLOS, ROW)
     assert set(found["speedup_vs_split"].values()) == {None}
     assert found["bound_vs_split"] is None
     assert not any(found["split_attains"].values())
@@ -84,7 +105,7 @@ def test_without_a_split_there_is_no_ratio_to_it() -> None:
 
 def test_no_idle_time_no_efficiency() -> None:
     full = [s if s.contestant != "inference" else sample("inference", s.round, 0.0, 1.0) for s in cell()]
-    assert cell_figures(full, SLOS)["leftover_efficiency"]["loose"] is None
+    assert cell_figures(full, SLOS, ROW)["leftover_efficiency"]["loose"] is None
 
 
 def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
@@ -94,7 +115,7 @@ def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
         Sample("u", "mid", s.contestant, s.round, s.phase if s.contestant != "coserve-loose" else Phase(slow, 10.0, 40.0, 1.0)) for s in one
     ]
     where = {"load": "mid"}
-    cells = [{**where, **cell_figures(one, SLOS)}, {**where, **cell_figures(other, SLOS)}]
+    cells = [{**where, **cell_figures(one, SLOS, ROW)}, {**where, **cell_figures(other, SLOS, ROW)}]
     found = grid_figures(cells, one + other, SLOS)
     assert found["attainment"] == 3 / 30
     assert found["attainment_inference_only"] == 1.0

@@ -21,7 +21,7 @@ from .test_burst import LAYERS, serving, training
 RECORD = {"machine": {"cpu": "Abacus", "cores": 2}, "commit": "abc123", "date": "2026-01-01T00:00:00Z", "quick": False}
 SLOS = {"loose": (5.0, 0.13), "mid": (0.4, 0.35), "strict": (0.5, 0.14)}
 CONTESTANTS = (
-    *("inference", "coserve-loose", "coserve-mid", "coserve-strict", "temporal-128", "temporal-dynamic"),
+    *("inference", "coserve-loose", "coserve-mid", "coserve-strict", "temporal-64", "temporal-128", "temporal-512", "temporal-dynamic"),
     *("split", "contending", "finetune"),
 )
 
@@ -37,6 +37,7 @@ def grid() -> dict[str, Any]:
                 contestants[name] = {
                     "finetune_tok_s": 0.0 if name == "inference" else 130.0 + 10 * i - 40 * rate,
                     "attainment": dict.fromkeys(SLOS, share),
+                    "requests": {"contending": 5, "inference": 21}.get(name, 20),
                 }
                 requests = []
                 for _ in range(20):
@@ -50,14 +51,17 @@ def grid() -> dict[str, Any]:
                     "load": load,
                     "rate": rate,
                     "contestants": contestants,
-                    "bound_vs_split": 2.9,
-                    "leftover_efficiency": dict.fromkeys(SLOS, 1.234),
+                    "bound_tok_s": 543.0,
+                    "bound_share": dict.fromkeys(SLOS, 0.123),
+                    "bound_vs_split": 2.9 if load == "light" else 1.1,
+                    "bound_leftover": 1.5 if load == "light" else 0.99,
+                    "leftover_efficiency": dict.fromkeys(SLOS, 1.234 if load == "light" else 0.8),
                     "speedup_vs_split": {"loose": 2.61, "mid": 1.5, "strict": None},
                     "split_attains": {"loose": True, "mid": True, "strict": False},
                 }
             )
     slos = {name: {"ttft_s": ttft, "tpot_s": tpot} for name, (ttft, tpot) in SLOS.items()}
-    return {"h": 2.9, "decode_step_ms": 38.0, "slos": slos, "cells": cells, "samples": found}
+    return {"h": 2.9, "decode_step_ms": 38.0, "row_seconds": 0.00091, "slos": slos, "cells": cells, "samples": found}
 
 
 def case_study() -> dict[str, Any]:
@@ -102,10 +106,15 @@ def test_the_page(results: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.html").read_text()
     assert '<td class="met">99.6% ✓</td>' in page, "light: as good as requests alone"
     assert '<td class="missed">90.0% ✗</td>' in page, "heavy: nearly ten points below"
-    assert '<td class="met">2.61 x (≥ 2.5) ✓</td>' in page
-    assert '<td class="missed">1.50 x (≥ 2.5) ✗</td>' in page
+    assert '<td class="met">2.61 x, bound 2.90 x (≥ 2.5) ✓</td>' in page
+    assert '<td class="missed">1.50 x, bound 2.90 x (≥ 2.5) ✗</td>' in page
+    assert "<td>1.50 x, bound 1.10 x (≥ 1.9)</td>" in page, "heavy: forbidden by the bound"
     assert "split misses SLO" in page
-    assert "1.23 ✓" in page
+    assert '<td class="met">1.23, bound 1.5 ✓</td>' in page
+    assert "<td>0.8, bound 0.99</td>" in page
+    assert "<td>21 / 20 / 5</td>" in page
+    for figure in ("0.91 ms", "543", "12.3%"):
+        assert figure in page
     for figure in ("2,222", "2,352", "abc123", "Abacus"):
         assert figure in page
     assert "quick run" in page, "of the case study"

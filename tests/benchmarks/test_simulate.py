@@ -34,7 +34,9 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
                 {"due": r.arrival, "prompt_tokens": r.prompt_tokens, "output_tokens": r.output_tokens, "error": None}
                 for r in result.records
             ]
-            samples.append({"trace": "made-up", "load": "mid", "contestant": name, "round": turn, "requests": requests[::-1]})
+            samples.append(
+                {"trace": "made-up", "load": "mid", "contestant": name, "round": turn, "seconds": SECONDS, "requests": requests[::-1]}
+            )
             results.append(result)
         found = figures(results, SLOS[slo])
         contestants[name] = {
@@ -43,10 +45,10 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
             "attainment": dict.fromkeys(SLOS, found["attainment"]),
         }
     contestants["finetune"] = {"finetune_tok_s": model.run("coserve-loose", SLOS["loose"], [], SECONDS, SLOWER).finetune_rate}
-    samples.append({"trace": "made-up", "load": "mid", "contestant": "finetune", "round": 0, "requests": []})
+    samples.append({"trace": "made-up", "load": "mid", "contestant": "finetune", "round": 0, "seconds": SECONDS, "requests": []})
     return {
         "slos": {name: {"ttft_s": slo.ttft, "tpot_s": slo.tpot} for name, slo in SLOS.items()},
-        "cells": [{"trace": "made-up", "load": "mid", "seconds": SECONDS, "contestants": contestants}],
+        "cells": [{"trace": "made-up", "load": "mid", "contestants": contestants}],
         "samples": samples,
     }
 

@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         slos = {"slo": SLO(ttft=20 * tpot, tpot=tpot), "class_slos": {"batch": SLO(ttft=60.0, tpot=2.0)}}
         self.engine = FakeEngine(num_blocks, 4, finetune_bytes, noise, max_running=8, max_window_rows=24, **slos, **config)
         self.ids = count()
+        self.reconfigured = False
         self.submitted: dict[str, Request] = {}
         self.jobs: dict[str, FinetuneJob] = {}
 
@@ -115,6 +116,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(iterations):
             self.engine.step()
 
+    @rule(
+        mode=st.sampled_from(["coserve", "temporal", "inference", "finetune"]),
+        tpot=st.sampled_from([0.02, 0.5, 100.0]),
+        batch_ttft=st.sampled_from([0.1, 60.0]),
+        max_window_rows=st.sampled_from([8, 24]),
+    )
+    def reconfigure(self, mode: str, tpot: float, batch_ttft: float, max_window_rows: int) -> None:
+        slos = {"slo": SLO(ttft=20 * tpot, tpot=tpot), "class_slos": {"batch": SLO(ttft=batch_ttft, tpot=2.0)}}
+        self.engine.reconfigure(mode=mode, max_window_rows=max_window_rows, **slos)
+        self.reconfigured = True
+
     @rule(data=st.data())
     def interrupt(self, data: st.DataObject) -> None:
         """A command arrives while an iteration runs."""
@@ -141,6 +153,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
+        if self.reconfigured:  # what another mode began is to end too
+            engine.reconfigure(mode="coserve")
         for job in engine.scheduler.jobs:
             engine.scheduler.resume_job(job.id)
         engine.run(limit=30_000)

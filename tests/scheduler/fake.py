@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,10 @@ class FakeEngine:
         for sequence in self.scheduler.remove_job(job_id):
             self._drop(sequence.id)
         self._ledger.pop(job_id, None)
+
+    def reconfigure(self, **settings: Any) -> None:
+        self.config = replace(self.config, **settings)
+        self.scheduler.reconfigure(self.config)
 
     # -------------------------------------------------------------------------------------------------------- iterations
     def step(self, between: Callable[[], None] = lambda: None) -> StepPlan:

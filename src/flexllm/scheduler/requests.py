@@ -58,6 +58,14 @@ class RequestQueues:
         self.page_blocked = False  # the last plan left a request waiting for pages
         self.num_preemptions = 0  # since the start
 
+    def reconfigure(self, config: SchedulerConfig) -> None:
+        """Other objectives: the order of the classes follows, and when the next token of each request is due."""
+        self._config = config
+        for name, queue in self._classes.items():
+            queue.slo = config.slo_of(name)
+        self._order_classes()
+        self._deadlines = {i: self._deadline(r, config.slo_of(r.priority)) for i, r in self._decoding.items()}
+
     # ------------------------------------------------------------------------------------------------------- in and out
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._requests
@@ -223,7 +231,7 @@ class RequestQueues:
         assert all(r.status is RequestStatus.RUNNING for r in running)
         assert all(0 <= r.num_computed <= min(r.num_tokens, len(r.blocks) * self._pool.block_size) for r in running)
         assert all(r.is_decoding for r in self._decoding.values())
-        assert self._deadlines.keys() == self._decoding.keys()
+        assert self._deadlines == {i: self._deadline(r, self._config.slo_of(r.priority)) for i, r in self._decoding.items()}
         assert list(self._next_rows.values()) == [(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
         assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
         assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
@@ -235,8 +243,11 @@ class RequestQueues:
     def _class_of(self, request: Request) -> PriorityClass:
         if request.priority not in self._classes:
             self._classes[request.priority] = PriorityClass(self._config.slo_of(request.priority))
-            self._classes = dict(sorted(self._classes.items(), key=lambda item: item[1].slo.ttft))
+            self._order_classes()
         return self._classes[request.priority]
+
+    def _order_classes(self) -> None:
+        self._classes = dict(sorted(self._classes.items(), key=lambda item: item[1].slo.ttft))
 
     def _urgency(self, request: Request) -> tuple[float, float]:
         return self._config.slo_of(request.priority).ttft, request.arrival

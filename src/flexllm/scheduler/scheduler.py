@@ -38,6 +38,12 @@ class HybridTokenScheduler:
         self._inference_seconds = 0.0  # predicted, of the last inference rows planned
         self._work_seconds: dict[Work, float] = {}  # the same of each piece of finetuning in the last plan
 
+    def reconfigure(self, config: SchedulerConfig) -> None:
+        """Plan by other settings from the next iteration on. ValueError for a change of one that is fixed at the start."""
+        self.config.check_successor(config)
+        self.config = config
+        self._requests.reconfigure(config)
+
     # -------------------------------------------------------------------------------------------------- requests and jobs
     def add_request(self, request: Request) -> None:
         """Queue a request. ValueError if it could never fit or its id is in use, QueueFullError if too many wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,7 @@ class Context:
     engine: EngineClient | None = None
     failure: str | None = None  # why start-up failed, for good
     draining: bool = False
+    reconfiguring: asyncio.Lock = field(default_factory=asyncio.Lock)  # changes of the scheduler's settings, one at a time
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

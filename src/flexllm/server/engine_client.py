@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from itertools import count
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from flexllm.config import EngineConfig, shorten_spinning
+from flexllm.config import EngineConfig, SchedulerConfig, shorten_spinning
 from flexllm.core import INTERACTIVE, JobEvent, SamplingParams, TokenOutput
 from flexllm.server import protocol
 from flexllm.server.engine_process import EngineFactory, build_engine, run_engine
@@ -179,6 +180,11 @@ class EngineClient:
             await reply
         finally:
             self._replies.pop(rpc, None)
+
+    async def reconfigure(self, scheduler: SchedulerConfig) -> None:
+        """Other scheduler settings for the engine, and for those that are started after it. Raises as `submit` does."""
+        await self.call(protocol.Reconfigure, scheduler=scheduler)
+        self._config = replace(self._config, scheduler=scheduler)
 
     def abort(self, request_id: str) -> None:
         self.forget(request_id)

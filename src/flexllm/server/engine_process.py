@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from flexllm.config import EngineConfig, JobSpec
+from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
 from flexllm.core import JobEvent, Request, RequestStatus, StepResult
 from flexllm.server import protocol
 
@@ -41,6 +41,7 @@ class EngineLike(Protocol):
     def pause_job(self, job_id: str) -> None: ...
     def resume_job(self, job_id: str) -> None: ...
     def cancel_job(self, job_id: str) -> None: ...
+    def reconfigure(self, config: SchedulerConfig) -> None: ...
     def step(self, waited: Callable[[], float] = ...) -> StepResult: ...
     def stats(self) -> dict[str, Any]: ...
     def shutdown(self) -> tuple[JobEvent, ...]: ...
@@ -171,6 +172,8 @@ class EngineLoop:
                 engine.register_adapter(command.name, command.path)
             case protocol.UnregisterAdapter():
                 engine.unregister_adapter(command.name)
+            case protocol.Reconfigure():
+                engine.reconfigure(command.scheduler)
 
     # ------------------------------------------------------------------------------------------------------ iterations
     def _step(self) -> None:

@@ -51,8 +51,7 @@ class JobProgress:
 
 class Metrics:
     def __init__(self, config: SchedulerConfig, model_name: str) -> None:
-        self.slo = config.slo
-        self._config = config
+        self.scheduler = config  # requests are judged by its objectives when they end
         self.registry = CollectorRegistry()
         self.engine_stats: dict[str, Any] = {}
         self.jobs: dict[str, JobProgress] = {}
@@ -98,7 +97,7 @@ class Metrics:
             return
         ttft = choice.first_token - choice.arrival
         tpot = (choice.last_token - choice.first_token) / (choice.num_tokens - 1) if choice.num_tokens > 1 else None
-        slo = self._config.slo_of(choice.priority)
+        slo = self.scheduler.slo_of(choice.priority)
         self._ttft.observe(ttft)
         self._e2e.observe(choice.last_token - choice.arrival)
         self._finished.append(FinishedRequest(choice.last_token, ttft, tpot, ttft <= slo.ttft, tpot is None or tpot <= slo.tpot))
@@ -167,14 +166,14 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """The body of `/flexllm/stats`, times in the units their names say."""
-        window, stats = self.window(), self.engine_stats
+        window, stats, slo = self.window(), self.engine_stats, self.scheduler.slo
         ttfts = [r.ttft * 1e3 for r in window]
         tpots = [r.tpot * 1e3 for r in window if r.tpot is not None]
         busy: dict[str, float] = {}
         for _, kind, seconds in self._steps:
             busy[kind] = busy.get(kind, 0.0) + seconds
         return {
-            "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot, "attainment": self.attainment()["both"]},
+            "slo": {"ttft": slo.ttft, "tpot": slo.tpot, "attainment": self.attainment()["both"]},
             "ttft_ms": {"p50": quantile(ttfts, 0.5), "p99": quantile(ttfts, 0.99)},
             "tpot_ms": {"p50": quantile(tpots, 0.5), "p99": quantile(tpots, 0.99)},
             "step": dict.fromkeys(("decode", "prefill", "window", "backward"), 0) | stats.get("step", {}) | {"slack": stats.get("slack")},

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from flexllm.config import JobSpec
+from flexllm.config import JobSpec, SchedulerConfig
 from flexllm.core import INTERACTIVE, JobEvent, SamplingParams, TokenOutput
 from flexllm.peft.config import PeftConfig, peft_config
 
@@ -64,11 +64,16 @@ class UnregisterAdapter(msgspec.Struct, tag=True, frozen=True):
     name: str
 
 
+class Reconfigure(msgspec.Struct, tag=True, frozen=True):
+    rpc: int
+    scheduler: SchedulerConfig
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Write durable state, then end."""
 
 
-Rpc = AddRequest | AddJob | PauseJob | ResumeJob | CancelJob | RegisterAdapter | UnregisterAdapter
+Rpc = AddRequest | AddJob | PauseJob | ResumeJob | CancelJob | RegisterAdapter | UnregisterAdapter | Reconfigure
 Command = Rpc | AbortRequest | Shutdown
 
 

@@ -1,7 +1,8 @@
-"""Health, version, metrics, live figures and the page that draws them."""
+"""Health, version, metrics, the scheduler's settings, live figures and the page that draws them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from flexllm import __version__
 from flexllm.server.context import LOADING_RETRY_SECONDS, Context, get_context
+from flexllm.server.engine_client import EngineUnavailable
+from flexllm.server.errors import ApiError
+from flexllm.server.wire import SchedulerPatch
 
 router = APIRouter()
 ContextParam = Annotated[Context, Depends(get_context)]
@@ -48,6 +52,26 @@ async def stats(context: ContextParam) -> dict[str, Any]:
         "engine": {"pid": engine.pid if engine else None, "starts": engine.starts if engine else 0},
         **context.metrics.snapshot(),
     }
+
+
+@router.get("/scheduler")
+async def scheduler(context: ContextParam) -> dict[str, Any]:
+    """The scheduler's settings as they are now, under the names of `config.SchedulerConfig`."""
+    return asdict(context.metrics.scheduler)
+
+
+@router.patch("/scheduler")
+async def change_scheduler(body: SchedulerPatch, context: ContextParam) -> dict[str, Any]:
+    """Change what the body names, from the next iteration on; nothing restarts. Answers with all settings."""
+    _, engine = context.ready()
+    async with context.reconfiguring:
+        config = body.apply(context.metrics.scheduler)
+        try:
+            await engine.reconfigure(config)
+        except EngineUnavailable as error:
+            raise ApiError(503, str(error), code="engine_unavailable", retry_after=LOADING_RETRY_SECONDS) from None
+        context.metrics.scheduler = config
+    return asdict(config)
 
 
 @router.get("/", response_class=FileResponse, include_in_schema=False)

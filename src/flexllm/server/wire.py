@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import BATCH, INTERACTIVE, SamplingParams
 from flexllm.server.errors import bad_request
 
@@ -161,6 +163,39 @@ class LoadAdapterRequest(Wire):
 
 class UnloadAdapterRequest(Wire):
     lora_name: Name
+
+
+# ----------------------------------------------------------------------------------------------------------- scheduler
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class ObjectivesPatch(Wire):
+    ttft: Seconds | None = None
+    tpot: Seconds | None = None
+
+    def apply(self, slo: SLO) -> SLO:
+        return replace(slo, **self.model_dump(exclude_none=True))
+
+
+class SchedulerPatch(Wire):
+    """What may change while the engine runs, under the names of `config.SchedulerConfig`; None stands for unchanged."""
+
+    mode: str | None = None
+    slo: ObjectivesPatch | None = None
+    class_slos: dict[Literal["interactive", "batch"], ObjectivesPatch] | None = None
+    temporal_inference_steps: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    idle_slice: Seconds | None = None
+    max_window_rows: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+    def apply(self, config: SchedulerConfig) -> SchedulerConfig:
+        """Raises a 400 that names the field."""
+        changes = self.model_dump(exclude_none=True, exclude={"slo", "class_slos"})
+        try:
+            changed = replace(config, slo=self.slo.apply(config.slo) if self.slo else config.slo, **changes)
+        except ValueError as error:
+            raise bad_request(str(error), param=str(error).split()[0]) from None
+        by_class: dict[str, SLO] = {name: patch.apply(changed.slo_of(name)) for name, patch in (self.class_slos or {}).items()}
+        return replace(changed, class_slos={**changed.class_slos, **by_class})
 
 
 # ---------------------------------------------------------------------------------------------------------- finetuning
