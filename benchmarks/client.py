@@ -62,16 +62,6 @@ class RequestRecord:
         return self.ok and self.ttft <= ttft and self.tpot <= tpot
 
 
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """How an open loop ends `after` seconds: a request that has `enough` tokens is cut there and judged by what it has; one that
-    is not so far `patience` seconds later has failed."""
-
-    after: float
-    patience: float
-    enough: int
-
-
 async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Wait for the tasks; that some were cancelled is no error."""
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -100,9 +90,10 @@ class LoadGenerator:
         await self._client.aclose()
 
     async def open_loop(
-        self, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]], closing: Closing | None = None
+        self, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]], until: float | None = None
     ) -> list[RequestRecord]:
-        """Send each prompt at its arrival time and wait for all answers, or as `closing` says; records are in the order of arrival."""
+        """Send each prompt at its arrival time and wait for all answers; what is not answered `until` so many seconds after the start has
+        failed. Records are in the order of arrival."""
         self._start = time.perf_counter()
         records = [RequestRecord(a.time, len(p)) for a, p in zip(arrivals, prompts, strict=True)]
 
@@ -111,21 +102,14 @@ class LoadGenerator:
             await self._stream(prompt, arrival.output_tokens, record)
 
         tasks = [asyncio.create_task(one(*each)) for each in zip(arrivals, prompts, records, strict=True)]
-        if closing is not None:
-            await self._close(tasks, records, closing)
+        if tasks and until is not None:
+            await asyncio.wait(tasks, timeout=max(0.0, until - self._now()))
+            for task, record in zip(tasks, records, strict=True):
+                if not task.done():
+                    task.cancel()
+                    _cut(record, f"not answered after {until:g} s")
         await _ended(tasks)
         return records
-
-    async def _close(self, tasks: Sequence[asyncio.Task[None]], records: Sequence[RequestRecord], closing: Closing) -> None:
-        await asyncio.sleep(closing.after - self._now())
-        while open_ := [(t, r) for t, r in zip(tasks, records, strict=True) if not t.done()]:
-            late = self._now() > closing.after + closing.patience
-            for task, record in open_:
-                enough = len(record.token_times) >= closing.enough
-                if enough or late:
-                    task.cancel()
-                    _cut(record, None if enough else f"not answered {closing.patience:g} s after the last arrivals")
-            await asyncio.sleep(0.05)
 
     async def closed_loop(
         self, prompts: Sequence[Sequence[int]], output_tokens: Sequence[int], concurrency: int, seconds: float | None = None

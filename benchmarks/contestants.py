@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from client import Closing, LoadGenerator, RequestRecord
+from client import LoadGenerator, RequestRecord
 from common import log
 from grid import Phase
 from jobs import start_job
@@ -24,8 +24,7 @@ from workloads import Load, random_prompts
 SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
 PROBES = 3
 ROW_PROBE = 512  # tokens of a prompt that says what a row costs; one iteration computes them
-PATIENCE = 15.0  # seconds after the last arrivals
-ENOUGH_TOKENS = 10  # a request that has them when the arrivals end is judged by them: draining would take as long as measuring
+PATIENCE = 20.0  # seconds after the arrivals, for answers
 CLEAN_SECONDS = 20.0
 COMES_BACK_SECONDS = 60.0  # for an engine that died and is being restarted
 WARM_SECONDS = 2.0  # of a job that begins: its backward is compiled, and the latency model learns from its first iterations
@@ -47,14 +46,12 @@ class Ours:
         httpx.patch(f"{self.server.base_url}/scheduler", json=dict(settings), timeout=30).raise_for_status()
 
     def run(self, settings: Mapping[str, Any], load: Load) -> Phase:
-        """Offer the load and count over its seconds, beginning without requests; the answers are then waited for."""
+        """Offer the load, beginning without requests, and count until all is answered: whoever puts answers off pays for it."""
 
         async def phase() -> tuple[list[RequestRecord], Counters, Counters]:
             before = await asyncio.to_thread(Counters.read, self.server)
-            requests = asyncio.create_task(offer(self.server, load))
-            await asyncio.sleep(load.seconds)
-            after = await asyncio.to_thread(Counters.read, self.server)
-            return await requests, before, after
+            records, _ = await asyncio.gather(offer(self.server, load), asyncio.sleep(load.seconds))
+            return records, before, await asyncio.to_thread(Counters.read, self.server)
 
         with awake(self.server):
             self.set(settings)
@@ -63,7 +60,7 @@ class Ours:
             wait_until_clean(self.server)
         elapsed = after.time - before.time
         tokens, busy = after.finetune_tokens - before.finetune_tokens, after.step_seconds - before.step_seconds
-        return Phase(records, load.seconds, tokens / elapsed, min(1.0, busy / elapsed))
+        return Phase(records, load.seconds, elapsed, tokens / elapsed, min(elapsed, busy))
 
 
 class VllmBesidePeft:
@@ -90,22 +87,24 @@ class VllmBesidePeft:
         with awake(self.server):
             settle(self.server)
             trainer.start()
+            start = time.perf_counter()
             try:
                 records = asyncio.run(offer(self.server, load))
+                elapsed = max(load.seconds, time.perf_counter() - start)
             finally:
                 done.set()
                 trainer.join()
             wait_until_clean(self.server)
         if not steps:
             raise RuntimeError("PEFT has trained no step")
-        return Phase(records, load.seconds, PEER_ROWS * len(steps) / sum(steps), None)
+        return Phase(records, load.seconds, elapsed, PEER_ROWS * len(steps) / sum(steps), None)
 
 
 async def offer(server: Server, load: Load) -> list[RequestRecord]:
     if not load.arrivals:
         return []
     async with LoadGenerator(server.base_url, server.model) as generator:
-        return await generator.open_loop(load.arrivals, load.prompts, Closing(load.seconds, PATIENCE, ENOUGH_TOKENS))
+        return await generator.open_loop(load.arrivals, load.prompts, load.seconds + PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------------- what a server says

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import common
 from common import QUICK_RESULTS, finish, log, parser, write
-from contestants import ENOUGH_TOKENS, PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds, row_seconds
+from contestants import PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds, row_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
 from grid import ATTAINED, LOADS, REFERENCE_STEP, SLOS, Phase, Sample, Slos, cell_figures, grid_figures, own_slo, slos_here
@@ -36,7 +36,7 @@ from workloads import TRACES, Load, Trace, load_of
 
 # Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
 # A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
-EVERY_ROUND = {"inference": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "coserve-strict": 1.0, "split": 0.5}
+EVERY_ROUND = {"inference-loose": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "inference-strict": 1.0, "coserve-strict": 1.0, "split": 1.0}
 FIRST_ROUND = 0.5  # of the others, which have no further rounds
 VLLM_BESIDE_PEFT = ("split", "contending")
 OURS = "flexllm"  # our server: its log and its state
@@ -44,7 +44,7 @@ CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16,
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
 MEMORY = ("--kv-cache-gb", "0.5", "--finetune-gb", "0.6")
 # Seconds, roughly, for the estimate alone: the start of our server and of one of vLLM, and a phase beside its arrivals.
-START, START_VLLM, OVERHEAD = 60.0, 75.0, 2.2
+START, START_VLLM, OVERHEAD = 60.0, 75.0, 4.5
 
 Run = Callable[[Load], Phase]
 
@@ -70,10 +70,10 @@ class Setting:
 # ---------------------------------------------------------------------------------------------------------- who takes part
 def contestant_names(args: argparse.Namespace) -> list[str]:
     """Those that are in every round first, so that what is compared is side by side."""
-    coserve = [f"coserve-{slo}" for slo in SLOS if not (args.quick and slo == "mid")]
+    coserve = [f"{mode}-{slo}" for slo in SLOS if not (args.quick and slo == "mid") for mode in ("inference", "coserve")]
     temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
     vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
-    found = {"inference", "finetune", *coserve, *temporal, *vllm}
+    found = {"finetune", *coserve, *temporal, *vllm}
     return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
 
 
@@ -81,7 +81,7 @@ def scheduler_settings(name: str, slos: Slos) -> dict[str, Any]:
     """What makes our server this contestant."""
     ttft, tpot = slos[own_slo(name)]
     found: dict[str, Any] = {"mode": "coserve", "slo": {"ttft": ttft, "tpot": tpot}}
-    if name == "inference":
+    if name.startswith("inference-"):
         found["mode"] = "inference"
     elif name.startswith("temporal-"):
         steps = name.removeprefix("temporal-")
@@ -174,7 +174,8 @@ def measure_cell(
         log(
             f"{trace.name} {load} {turn + 1} {name}: {phase.finetune_tok_s:.0f} finetuning tok/s, {len(phase.records)} requests"
             + (f", {failed} failed" if failed else "")
-            + ("" if phase.busy is None else f", busy {phase.busy:.0%}")
+            + ("" if phase.busy_seconds is None else f", busy {phase.busy_seconds / phase.elapsed:.0%}")
+            + f" of {phase.elapsed:.1f} s"
         )
     return found
 
@@ -237,13 +238,13 @@ def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
-    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 10, with --quick 8)")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 6)")
     found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
     found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="of temporal sharing, 0: dynamic (default: 64 128 512 0)")
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
-    args.seconds = args.seconds or (8.0 if args.quick else 10.0)
+    args.seconds = args.seconds or 6.0
     args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
     if args.rates and len(args.rates) != len(loads(args)):
@@ -288,7 +289,6 @@ def main() -> None:
             "rounds": args.rounds,
             "phase_seconds": {name: share_of(name) * args.seconds for name in names},
             "patience_s": PATIENCE,
-            "cut_after_tokens": ENOUGH_TOKENS,
         }
         samples = measure(setting, ours, slos, contestants, fields)
         fields["memory_gb"] = {name: memory_bytes(pid) / 1e9 for name, pid in processes.items()}

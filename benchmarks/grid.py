@@ -22,9 +22,10 @@ class Phase:
     """What one contestant did with one load."""
 
     records: list[RequestRecord]
-    seconds: float  # of arrivals, over which finetuning and busy time count
-    finetune_tok_s: float  # tokens whose backward is done
-    busy: float | None  # share of the time that the engine spent in iterations; None: not known
+    seconds: float  # of arrivals
+    elapsed: float  # until the last answer, and no less
+    finetune_tok_s: float  # tokens whose backward is done, over `elapsed`
+    busy_seconds: float | None  # that the engine spent in iterations; None: not known
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sample:
 
     def as_dict(self) -> dict[str, Any]:
         where = {"trace": self.trace, "load": self.load, "contestant": self.contestant, "round": self.round}
-        figures = {"seconds": self.phase.seconds, "finetune_tok_s": self.phase.finetune_tok_s, "busy": self.phase.busy}
+        figures = {name: getattr(self.phase, name) for name in ("seconds", "elapsed", "finetune_tok_s", "busy_seconds")}
         return {**where, **figures, "requests": raw(self.phase.records)}
 
 
@@ -49,8 +50,8 @@ def slos_here(h: float) -> dict[str, tuple[float, float]]:
 
 
 def own_slo(contestant: str) -> str:
-    name = contestant.rpartition("-")[2]
-    return name if contestant.startswith("coserve-") else "loose"
+    mode, _, slo = contestant.rpartition("-")
+    return slo if mode in ("coserve", "inference") else "loose"
 
 
 # ------------------------------------------------------------------------------------------------------- one contestant
@@ -60,27 +61,30 @@ def attainment(records: Sequence[RequestRecord], slo: tuple[float, float]) -> fl
 
 
 def contestant_figures(name: str, phases: Sequence[Phase], slos: Slos) -> dict[str, Any]:
-    """Rounds pooled. Goodput is by the objectives that the contestant was told; rates count what came within the phases."""
+    """Rounds pooled. Goodput is by the objectives that the contestant was told."""
     records = [r for p in phases for r in p.records]
-    seconds = sum(p.seconds for p in phases)
-    known = [p.busy for p in phases if p.busy is not None]
-    in_time = sum(t < p.seconds for p in phases for r in p.records for t in r.token_times)
+    elapsed = sum(p.elapsed for p in phases)
+    known = [p.busy_seconds / p.elapsed for p in phases if p.busy_seconds is not None]
     own = slos[own_slo(name)]
     return {
         **summarize(records, *own),
         "finetune_tok_s": statistics.median(p.finetune_tok_s for p in phases),
         "busy": statistics.median(known) if known else None,
-        "output_tok_s": in_time / seconds,
-        "goodput_req_s": sum(r.attains(*own) for r in records) / seconds,
+        "output_tok_s": sum(len(r.token_times) for r in records) / elapsed,
+        "goodput_req_s": sum(r.attains(*own) for r in records) / elapsed,
         "attainment": {slo: attainment(records, limits) for slo, limits in slos.items()},
         "rounds": len(phases),
-        "seconds": seconds,
+        "seconds": sum(p.seconds for p in phases),
+        "elapsed": elapsed,
     }
 
 
 # --------------------------------------------------------------------------------------------------------------- a cell
 def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> dict[str, Any]:
     """Figures of the samples of one trace and load; ratios are medians of the ratios within a round.
+
+    Co-serving and requests alone answered the same requests in full. So `idle_share`, by SLO, is what requests alone leave of the time that
+    co-serving took, and `leftover_efficiency` what co-serving trained over what the machine trains by itself in that rest.
 
     `bound_tok_s` is what training could reach if every row of a request rode along in a training pass for `row_seconds`, the price of
     its row alone, and nothing else cost anything: dedicated tok/s x (1 - row_seconds x the rows computed per second).
@@ -94,54 +98,48 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
         rounds = [by_round.get(name, {}) for name in of]
         return median(figure(*(r[i] for r in rounds)) for i in rounds[0] if all(i in r for r in rounds))
 
-    def left(inference: Phase) -> float:
-        return max(0.0, 1 - row_seconds * rows_per_second(inference))
+    def left(both: Phase) -> float:
+        return max(0.0, 1 - row_seconds * rows_per_second(both))
 
+    def by_slo(figure: Callable[..., float | None], *of: str) -> dict[str, float | None]:
+        """`figure` of co-serving under each SLO and of others, whose names may hold the SLO's."""
+        return {slo: paired(figure, f"coserve-{slo}", *(name.format(slo=slo) for name in of)) for slo in slos}
+
+    alone = "inference-{slo}"
     split = contestants.get("split")
     return {
         "contestants": contestants,
-        "idle_share": paired(_idle, "inference"),
-        "leftover_efficiency": {slo: paired(_leftover, *_three(slo)) for slo in slos},
-        "speedup_vs_split": {slo: paired(_speed_ratio, f"coserve-{slo}", "split") for slo in slos},
-        "split_attains": {slo: split is not None and _attains(split["attainment"][slo], slo) for slo in slos},
-        "bound_tok_s": paired(lambda alone, requests: alone.finetune_tok_s * left(requests), "finetune", "inference"),
-        "bound_share": {
-            slo: paired(lambda both, alone, requests: _ratio(_speed_ratio(both, alone), left(requests)), *_three(slo)) for slo in slos
-        },
-        "bound_vs_split": paired(
-            lambda alone, requests, split: _ratio(alone.finetune_tok_s * left(requests), split.finetune_tok_s),
-            *("finetune", "inference", "split"),
+        "idle_share": by_slo(_idle, alone),
+        "leftover_efficiency": by_slo(
+            lambda both, job, requests: _ratio(_speed_ratio(both, job), _idle(both, requests)), "finetune", alone
         ),
-        "bound_leftover": paired(lambda requests: _ratio(left(requests), _idle(requests)), "inference"),
-        "finetune_share": {slo: paired(_speed_ratio, f"coserve-{slo}", "finetune") for slo in slos},
+        "speedup_vs_split": by_slo(_speed_ratio, "split"),
+        "split_attains": {slo: split is not None and _attains(split["attainment"][slo], slo) for slo in slos},
+        "bound_tok_s": by_slo(lambda both, job: job.finetune_tok_s * left(both), "finetune"),
+        "bound_share": by_slo(lambda both, job: _ratio(_speed_ratio(both, job), left(both)), "finetune"),
+        "bound_vs_split": by_slo(
+            lambda both, job, split: _ratio(job.finetune_tok_s * left(both), split.finetune_tok_s), "finetune", "split"
+        ),
+        "bound_leftover": by_slo(lambda both, requests: _ratio(left(both), _idle(both, requests)), alone),
+        "finetune_share": by_slo(_speed_ratio, "finetune"),
     }
 
 
-def _three(slo: str) -> tuple[str, str, str]:
-    return f"coserve-{slo}", "finetune", "inference"
-
-
 def rows_per_second(phase: Phase) -> float:
-    """Rows of requests that were computed within the phase: prompts that had a first token, and a row for each token after it."""
-    inside = [(r.prompt_tokens, [t for t in r.token_times if t < phase.seconds]) for r in phase.records]
-    return sum(prompt + len(times) - 1 for prompt, times in inside if times) / phase.seconds
+    """Rows of requests that were computed: prompts that had a first token, and a row for each token after it."""
+    return sum(r.prompt_tokens + len(r.token_times) - 1 for r in phase.records if r.token_times) / phase.elapsed
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def _idle(inference: Phase) -> float | None:
-    return None if inference.busy is None else 1 - inference.busy
+def _idle(both: Phase, inference: Phase) -> float | None:
+    return None if inference.busy_seconds is None else max(0.0, 1 - inference.busy_seconds / both.elapsed)
 
 
 def _speed_ratio(one: Phase, other: Phase) -> float | None:
     return _ratio(one.finetune_tok_s, other.finetune_tok_s)
-
-
-def _leftover(both: Phase, dedicated: Phase, inference: Phase) -> float | None:
-    """The share of the dedicated speed over the share of time that requests alone leave idle; perfect time slicing is 1."""
-    return _ratio(_speed_ratio(both, dedicated), _idle(inference))
 
 
 def _attains(share: float | None, slo: str) -> bool:
@@ -164,7 +162,7 @@ def load_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
     return {
         slo: {
             "attainment": attainment(_pooled(samples, f"coserve-{slo}"), limits),
-            "attainment_inference_only": attainment(_pooled(samples, "inference"), limits),
+            "attainment_inference_only": attainment(_pooled(samples, f"inference-{slo}"), limits),
             "leftover_efficiency": median(c["leftover_efficiency"][slo] for c in cells),
             "bound_share": median(c["bound_share"][slo] for c in cells),
             "speedup_vs_split": median(c["speedup_vs_split"][slo] for c in cells),
@@ -184,7 +182,7 @@ def grid_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
     }
     return {
         "attainment": attainment(records, slos["loose"]),
-        "attainment_inference_only": attainment(_pooled(samples, "inference"), slos["loose"]),
+        "attainment_inference_only": attainment(_pooled(samples, "inference-loose"), slos["loose"]),
         "finetune_tok_s": median(c["contestants"]["coserve-loose"]["finetune_tok_s"] for c in cells),
         "finetune_share": median(c["finetune_share"]["loose"] for c in cells),
         "leftover_efficiency": median(c["leftover_efficiency"]["loose"] for c in cells),

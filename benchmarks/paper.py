@@ -43,7 +43,6 @@ MODELS = {  # devices of a pipeline, and the objective for TPOT in seconds; that
 }
 TTFT = 5.0
 ATTAINED = 0.9  # of the requests: the paper's bar
-HEADROOM = 0.1  # co-serving aims at a TPOT this much tighter than it is judged by, as in `flexllm plan`
 SEQUENCES = (1024, 8192)  # tokens of a training sequence, uniform between them
 NOISE = 0.05  # sigma of the log of an iteration's time
 WARMUP = 10.0  # seconds of finetuning before the first request
@@ -70,8 +69,7 @@ ASSUMPTIONS = [
     "requests are the Azure 2023 conversation trace (or made-up ones of its mean lengths), stretched; the paper's may be shorter",
     f"training sequences have {SEQUENCES[0]} to {SEQUENCES[1]} tokens, every token a label; 4 to an optimizer step",
     "LoRA r16 on down_proj: the adapter's own FLOPs (0.1 %) and the optimizer's memory are left out; backward goes through all layers",
-    f"co-serving aims at {1 - HEADROOM:g} of the TPOT objective; a scheduler spends whatever the objective leaves",
-    "a turn of temporal sharing lasts as long as one full window, as in this engine; its dynamic kind has no headroom",
+    "a turn of temporal sharing lasts as long as one full window, as in this engine",
     "no server, tokenizer or network; pages and activations share what the weights leave of 0.9 of the memory",
 ]
 
@@ -105,8 +103,7 @@ class Experiment:
         trace = scaled_lengths(arrivals(rate, self.seconds, self.seed), self.length_factor, LONGEST, LONGEST)
         config = self.config
         if contestant == "coserve":
-            aim = replace(config, slo=replace(config.slo, tpot=config.slo.tpot * (1 - HEADROOM)))
-            return self._figures(self._simulate(trace, fleet("coserve", PIPELINES, aim), self.both))
+            return self._figures(self._simulate(trace, fleet("coserve", PIPELINES, config), self.both))
         if contestant in TEMPORAL:
             slices = replace(config, temporal_inference_steps=TEMPORAL[contestant])
             return self._figures(self._simulate(trace, fleet("temporal", PIPELINES, slices), self.both))

@@ -15,7 +15,7 @@ Result = Mapping[str, Any]
 
 BLUE, SKY, GREEN, ORANGE, RED, PINK, BLACK = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#222222"
 STYLES: dict[str, dict[str, Any]] = {
-    "inference": {"color": BLACK, "marker": "o", "label": "requests alone"},
+    **{f"inference-{slo}": {"color": BLACK, "marker": "o", "label": "requests alone"} for slo in ("loose", "mid", "strict")},
     "finetune": {"color": QUIET, "marker": "", "ls": ":", "label": "no requests"},
     "bound": {"color": QUIET, "marker": "", "ls": "-", "label": "bound"},
     "coserve-loose": {"color": BLUE, "marker": "s", "label": "coserve, loose SLO"},

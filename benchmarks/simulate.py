@@ -1,7 +1,8 @@
 """How far the simulator is from measurements: the requests of every cell of coserve.py's grid, once more on the virtual clock.
 
-Iterations take what the engine's profile says, taken here and now, times one factor per cell that makes the simulated TPOT
-without finetuning the measured one (the machine's drift, the server and the client). Co-serving is then predicted, not fitted.
+Iterations take what the engine's profile says, taken here and now, times two factors per cell: one makes the simulated TPOT without
+finetuning the measured one (the machine's drift, the server and the client), the other, on what only finetuning does, the speed of
+the job alone. Co-serving, the two together, is then predicted, not fitted.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,14 +30,30 @@ from flexllm.simulate.workload import Arrival
 from paper import timed
 from workloads import training_texts
 
-CONTESTANTS = {"inference": "loose", "coserve-loose": "loose", "coserve-strict": "strict"}  # and the SLO each is judged by
+CONTESTANTS = {  # and the SLO each is told and judged by
+    "inference-loose": "loose",
+    "inference-strict": "strict",
+    "coserve-loose": "loose",
+    "coserve-strict": "strict",
+}
+# Terms of the latency model that only finetuning has.
+FINETUNING = ("label_rows", "windows", "backward_rows", "backward_pairs", "backward_slices", "optimizer_steps")
 TEXTS, TEXT_WORDS = 200, 110  # of the job that coserve.py trains
 NOISE = 0.3  # sigma of the log of an iteration's time: a shared machine
 WARMUP = 2.0  # seconds that the job has run when requests begin to come
-WIDEST, PRECISION = 16.0, 1.005  # of the fitted factor
+WIDEST, PRECISION = 16.0, 1.005  # of the fitted factors
+FITTED = "inference-loose"
+DEDICATED = 60.0  # seconds of the job alone
 NUM_BLOCKS = 2048  # pages: memory is no limit there
 DAY = 86400.0  # seconds
 DAY_REPLICAS, DAY_RATE = 3, 1.9  # requests/s on each replica: the rate of the recorded trace
+
+
+class Factors(NamedTuple):
+    """Times the profile that iterations take: all of them, and on top of that what only finetuning does in them."""
+
+    iteration: float
+    finetuning: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,12 +65,13 @@ class Model:
     noise: float = NOISE
     seed: int = 0
 
-    def run(self, contestant: str, slo: SLO, trace: Sequence[Arrival], seconds: float, factor: float) -> SimulationResult:
-        """A measured phase once more, iterations taking `factor` times their profile."""
-        coefficients = {k: factor * v for k, v in self.profile["coefficients"].items()}
-        latency = LatencyModel(coefficients, [factor * s for s in self.profile["slopes"]])
+    def run(self, contestant: str, slo: SLO, trace: Sequence[Arrival], seconds: float, factors: Factors) -> SimulationResult:
+        """A measured phase once more, iterations taking so many times their profile."""
+        both, finetuning = factors
+        coefficients = {k: both * (finetuning if k in FINETUNING else 1.0) * v for k, v in self.profile["coefficients"].items()}
+        latency = LatencyModel(coefficients, [both * s for s in self.profile["slopes"]])
         machine = Machine(latency, NUM_BLOCKS, finetune_bytes=1 << 40)
-        config = SchedulerConfig(slo=slo, mode="inference" if contestant == "inference" else "coserve")
+        config = SchedulerConfig(slo=slo, mode=contestant.partition("-")[0])
         return simulate(trace, [self.job], config, machine, seconds=seconds, warmup=WARMUP, noise=self.noise, seed=self.seed)
 
 
@@ -92,62 +110,71 @@ class Cell:
         """Those that answered requests."""
         return [name for name, rounds in self._rounds.items() if rounds]
 
-    def simulate(self, contestant: str, factor: float) -> dict[str, float]:
+    def simulate(self, contestant: str, factors: Factors) -> dict[str, float]:
+        """Finetuning is counted over the time in which it was measured."""
         slo = self._slos[CONTESTANTS[contestant]]
         rounds = self._rounds[contestant]
-        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), s["seconds"], factor) for s in rounds], slo)
+        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), s["elapsed"], factors) for s in rounds], slo)
 
-    def fit(self) -> float:
-        """The factor that gives inference alone its measured median TPOT, by bisection: under load TPOT is far from linear in it."""
-        wanted = self._cell["contestants"]["inference"]["p50_tpot_ms"]
-        low, high = 1 / WIDEST, WIDEST
-        while high / low > PRECISION:
-            middle = math.sqrt(low * high)
-            if self.simulate("inference", middle)["p50_tpot_ms"] < wanted:
-                low = middle
-            else:
-                high = middle
-        return math.sqrt(low * high)
+    def fit(self) -> Factors:
+        """The first factor gives inference alone its measured median TPOT, the second the job alone its measured speed."""
+        contestants = self._cell["contestants"]
+        slow = contestants[FITTED]["p50_tpot_ms"]
+        iteration = bisected(lambda f: self.simulate(FITTED, Factors(f))["p50_tpot_ms"] >= slow)
+        fast = contestants["finetune"]["finetune_tok_s"] if "finetune" in contestants else 0.0
+        return Factors(iteration, bisected(lambda f: self.dedicated(Factors(iteration, f)) <= fast) if fast else 1.0)
 
-    def compare(self, contestant: str, factor: float) -> dict[str, Any]:
+    def compare(self, contestant: str, factors: Factors) -> dict[str, Any]:
         """One of the result's `workloads`."""
-        simulated, slo = self.simulate(contestant, factor), CONTESTANTS[contestant]
+        simulated, slo = self.simulate(contestant, factors), CONTESTANTS[contestant]
         known = self._cell["contestants"][contestant]
         measured = {name: known["attainment"][slo] if name == "attainment" else known[name] for name in simulated}
         log(
-            f"{self._cell['trace']} {self._cell['load']} {contestant}, x {factor:.2f}; simulated (measured): "
-            + ", ".join(f"{name} {simulated[name]:.3g} ({measured[name]:.3g})" for name in simulated)
+            f"{self._cell['trace']} {self._cell['load']} {contestant}, x {factors.iteration:.2f}, x {factors.finetuning:.2f}; "
+            "simulated (measured): " + ", ".join(f"{name} {simulated[name]:.3g} ({measured[name]:.3g})" for name in simulated)
         )
-        return {**self._where, "contestant": contestant, "slo": slo, "factor": factor, "simulated": simulated, "measured": measured}
+        return {
+            **self._where,
+            "contestant": contestant,
+            "slo": slo,
+            "factors": factors._asdict(),
+            "simulated": simulated,
+            "measured": measured,
+        }
 
-    def dedicated(self, factor: float) -> dict[str, Any]:
-        """The job alone: what part of a difference is the profile's, not the scheduling's."""
-        slo = self._slos["loose"]
-        seconds = sum(s["seconds"] for s in self._here if s["contestant"] == "finetune")
-        simulated = self._model.run("coserve-loose", slo, [], seconds, factor).finetune_rate
-        measured = self._cell["contestants"]["finetune"]["finetune_tok_s"]
-        return {**self._where, "simulated": simulated, "measured": measured, "ratio": ratio(simulated, measured)}
+    def dedicated(self, factors: Factors) -> float:
+        """Tokens per second of the job alone."""
+        return self._model.run("coserve-loose", self._slos["loose"], [], DEDICATED, factors).finetune_rate
 
 
-def validate(measured: Mapping[str, Any], model: Model) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Simulated beside measured, for each contestant in each cell of a result of coserve.py; and the job alone."""
-    workloads, dedicated = [], []
+def bisected(enough: Callable[[float], bool]) -> float:
+    """The smallest factor that is enough, if all larger ones are: TPOT under load and the speed of whole groups are far from linear."""
+    low, high = 1 / WIDEST, WIDEST
+    while high / low > PRECISION:
+        middle = math.sqrt(low * high)
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+    return math.sqrt(low * high)
+
+
+def validate(measured: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
+    """Simulated beside measured, for each contestant in each cell of a result of coserve.py."""
+    workloads = []
     for each in measured["cells"]:
         cell = Cell(each, measured, model)
-        if "inference" not in cell.contestants:
-            continue
-        factor = cell.fit()
-        workloads += [cell.compare(contestant, factor) for contestant in cell.contestants]
-        if "finetune" in each["contestants"]:
-            dedicated.append(cell.dedicated(factor))
-    return workloads, dedicated
+        if FITTED in cell.contestants:
+            factors = cell.fit()
+            workloads += [cell.compare(contestant, factors) for contestant in cell.contestants]
+    return workloads
 
 
 def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Co-serving, the mean over a trace's loads and objectives."""
     found: dict[str, Any] = {}
     for trace in dict.fromkeys(w["trace"] for w in workloads):
-        cells = [w for w in workloads if w["trace"] == trace and w["contestant"] != "inference"]
+        cells = [w for w in workloads if w["trace"] == trace and w["contestant"].startswith("coserve-")]
         means = {
             figure: {side: statistics.fmean(w[side][figure] for w in cells) for side in ("simulated", "measured")}
             for figure in ("attainment", "finetune_tok_s")
@@ -200,18 +227,21 @@ def main() -> None:
         lengths = [len(llm.tokenizer.encode(text)) for text in training_texts(TEXTS, TEXT_WORDS, args.seed)]
         layers = llm.model_config.num_layers
     job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("recompute", 1),))
-    workloads, dedicated = validate(measured, Model(profile, job, args.noise, args.seed))
+    workloads = validate(measured, Model(profile, job, args.noise, args.seed))
     traces = by_trace(workloads)
     cells = [ratio(*(w[side]["finetune_tok_s"] for side in ("simulated", "measured"))) for w in workloads]
     fields = {
         "workloads": workloads,
         "by_trace": traces,
-        "dedicated": dedicated,
         "worst_ratio": worst(t["finetune_tok_s"]["ratio"] for t in traces.values()),
         "worst_cell_ratio": worst(cells),
         "day": day(60.0 if args.quick else 1800.0, args.seed),
         "thousand_replicas": timed(100 if args.quick else 1000, DAY_RATE, 2.0, args.seed),
-        "assumptions": {"noise": args.noise, "warmup_s": WARMUP, "fitted": "one factor per cell, on the median TPOT without finetuning"},
+        "assumptions": {
+            "noise": args.noise,
+            "warmup_s": WARMUP,
+            "fitted": "two factors per cell, on the median TPOT without finetuning and the finetuning speed without requests",
+        },
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }
     finish("simulate", args, fields, [])

@@ -11,7 +11,7 @@ from flexllm.simulate.workload import Arrival, gamma_arrivals, load_trace
 
 FIRST_ORDINARY_TOKEN = 1000  # below it live special tokens and single bytes in the vocabularies we use
 PROMPT_SCALE, MAX_PROMPT = 1 / 8, 512  # so that recorded requests fit a small machine
-OUTPUT_SCALE, MIN_OUTPUT, MAX_OUTPUT = 1 / 4, 4, 96
+OUTPUT_SCALE, MIN_OUTPUT, MAX_OUTPUT = 1 / 4, 4, 64
 LENGTH_CV = 0.5
 SYNTHETIC_SECONDS = 4000.0  # of a made-up trace, at one request per second
 SKIPPED = 500  # the first arrivals of a recorded trace: it begins with gaps

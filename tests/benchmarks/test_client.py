@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 
-from client import Closing, LoadGenerator
+from client import LoadGenerator
 from flexllm.simulate.workload import Arrival
 
 SILENT = 7  # a prompt of so many tokens is never answered
@@ -46,29 +46,18 @@ def test_open_loop_waits_for_every_answer() -> None:
     asyncio.run(run())
 
 
-def test_closing_cuts_those_with_enough_tokens_and_fails_the_silent() -> None:
+def test_what_is_not_answered_in_time_has_failed() -> None:
     async def run() -> None:
         arrivals = [Arrival(0.0, 3, 10**6), Arrival(0.0, SILENT, 5), Arrival(0.0, 4, 3)]
         async with generator() as load:
-            records = await load.open_loop(arrivals, [[1] * a.prompt_tokens for a in arrivals], Closing(0.1, patience=0.5, enough=8))
+            records = await load.open_loop(arrivals, [[1] * a.prompt_tokens for a in arrivals], until=0.3)
         endless, silent, short = records
-        assert endless.cut
-        assert endless.ok
-        assert 8 <= endless.output_tokens == len(endless.token_times) < 10**6
-        assert endless.attains(10.0, 10.0)
-        assert "not answered" in (silent.error or "")
-        assert not silent.attains(10.0, 10.0)
+        for record in (endless, silent):
+            assert record.cut
+            assert "not answered" in (record.error or "")
+            assert not record.attains(10.0, 10.0)
+        assert len(endless.token_times) > 0
         assert (short.cut, short.error, short.output_tokens) == (False, None, 3)
-
-    asyncio.run(run())
-
-
-def test_a_request_that_streams_too_slowly_to_the_end_of_patience_has_failed() -> None:
-    async def run() -> None:
-        async with generator() as load:
-            records = await load.open_loop([Arrival(0.0, 3, 10**6)], [[1] * 3], Closing(0.02, patience=0.05, enough=10**5))
-        assert records[0].cut
-        assert "not answered" in (records[0].error or "")
 
     asyncio.run(run())
 

@@ -23,13 +23,13 @@ def arguments(**changes: Any) -> argparse.Namespace:
 
 
 def test_contestants_take_turns_and_the_costly_ones_come_once() -> None:
-    paired = ["inference", "coserve-loose", "finetune", "coserve-strict", "split"]
-    others = ["coserve-mid", "temporal-64", "temporal-dynamic", "contending"]
+    paired = ["inference-loose", "coserve-loose", "finetune", "inference-strict", "coserve-strict", "split"]
+    others = ["inference-mid", "coserve-mid", "temporal-64", "temporal-dynamic", "contending"]
     names = contestant_names(arguments())
     assert names == [*paired, *others]
     assert phases(names, 2) == [*((0, name) for name in names), *((1, name) for name in paired)]
     alone = contestant_names(arguments(quick=True, vllm_python=None, temporal=[128]))
-    assert alone == ["inference", "coserve-loose", "finetune", "coserve-strict", "temporal-128"]
+    assert alone == ["inference-loose", "coserve-loose", "finetune", "inference-strict", "coserve-strict", "temporal-128"]
 
 
 def test_one_server_is_each_of_ours_by_its_settings() -> None:
@@ -39,13 +39,13 @@ def test_one_server_is_each_of_ours_by_its_settings() -> None:
         for name in contestant_names(arguments(vllm_python=None))
     }
     modes = {name: config.mode for name, config in found.items()}
-    assert modes.pop("inference") == "inference"
+    assert {modes.pop(f"inference-{slo}") for slo in slos} == {"inference"}
     assert {modes.pop("temporal-64"), modes.pop("temporal-dynamic")} == {"temporal"}
     assert set(modes.values()) == {"coserve"}
     assert (found["temporal-64"].temporal_inference_steps, found["temporal-dynamic"].temporal_inference_steps) == (64, 0)
     objectives = {name: (config.slo.ttft, config.slo.tpot) for name, config in found.items()}
-    assert objectives.pop("coserve-strict") == slos["strict"]
-    assert objectives.pop("coserve-mid") == slos["mid"]
+    for mode in ("inference", "coserve"):
+        assert all(objectives.pop(f"{mode}-{slo}") == slos[slo] for slo in slos)
     assert set(objectives.values()) == {slos["loose"]}
 
 
@@ -58,7 +58,7 @@ def cell(args: argparse.Namespace, tmp_path: Path) -> tuple[list[Any], dict[str,
             asked[name].append(load)
             if name == "split":
                 raise RuntimeError("its server is gone")
-            return Phase([], load.seconds, 1.0, None)
+            return Phase([], load.seconds, load.seconds, 1.0, None)
 
         return run
 
@@ -70,10 +70,10 @@ def cell(args: argparse.Namespace, tmp_path: Path) -> tuple[list[Any], dict[str,
 
 def test_baselines_have_the_first_of_the_same_requests(tmp_path: Path) -> None:
     samples, asked = cell(arguments(), tmp_path)
-    first, second = asked["inference"]
+    first, second = asked["inference-strict"]
     assert [len(first.arrivals), len(second.arrivals)] == [8, 8]
     assert first.prompts != second.prompts
-    assert asked["coserve-strict"] == asked["inference"]
+    assert asked["coserve-strict"] == asked["inference-strict"]
     (half,) = asked["temporal-64"]
     assert (half.seconds, half.arrivals, half.prompts) == (4.0, first.arrivals[:4], first.prompts[:4])
     assert [(load.seconds, load.arrivals) for load in asked["finetune"]] == [(3.2, [])] * 2
@@ -88,7 +88,7 @@ def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
 
 def test_the_estimate_counts_every_phase() -> None:
     short, long = (estimated_seconds(arguments(seconds=s)) for s in (8.0, 16.0))
-    per_cell = 2 * 3 * 8.0 + 2 * 0.5 * 8.0 + 2 * 0.4 * 8.0 + 4 * 0.5 * 8.0
+    per_cell = 2 * 5 * 8.0 + 2 * 0.4 * 8.0 + 5 * 0.5 * 8.0
     assert long - short == pytest.approx(3 * per_cell)
 
 

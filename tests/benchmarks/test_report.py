@@ -21,7 +21,18 @@ from .test_burst import LAYERS, serving, training
 RECORD = {"machine": {"cpu": "Abacus", "cores": 2}, "commit": "abc123", "date": "2026-01-01T00:00:00Z", "quick": False}
 SLOS = {"loose": (5.0, 0.13), "mid": (0.4, 0.35), "strict": (0.5, 0.14)}
 CONTESTANTS = (
-    *("inference", "coserve-loose", "coserve-mid", "coserve-strict", "temporal-64", "temporal-128", "temporal-512", "temporal-dynamic"),
+    *(
+        "inference-loose",
+        "inference-mid",
+        "inference-strict",
+        "coserve-loose",
+        "coserve-mid",
+        "coserve-strict",
+        "temporal-64",
+        "temporal-128",
+        "temporal-512",
+        "temporal-dynamic",
+    ),
     *("split", "contending", "finetune"),
 )
 
@@ -33,11 +44,11 @@ def grid() -> dict[str, Any]:
         for load, rate in (("light", 0.4), ("heavy", 1.2)):
             contestants = {}
             for i, name in enumerate(CONTESTANTS):
-                share = 0.996 if load == "light" or name == "inference" else 0.9
+                share = 0.996 if load == "light" or name.startswith("inference") else 0.9
                 contestants[name] = {
-                    "finetune_tok_s": 0.0 if name == "inference" else 130.0 + 10 * i - 40 * rate,
+                    "finetune_tok_s": 0.0 if name.startswith("inference") else 130.0 + 10 * i - 40 * rate,
                     "attainment": dict.fromkeys(SLOS, share),
-                    "requests": {"contending": 5, "inference": 21}.get(name, 20),
+                    "requests": {"contending": 5, "inference-loose": 21}.get(name, 20),
                 }
                 requests = []
                 for _ in range(20):
@@ -51,10 +62,10 @@ def grid() -> dict[str, Any]:
                     "load": load,
                     "rate": rate,
                     "contestants": contestants,
-                    "bound_tok_s": 543.0,
+                    "bound_tok_s": dict.fromkeys(SLOS, 543.0),
                     "bound_share": dict.fromkeys(SLOS, 0.123),
-                    "bound_vs_split": 2.9 if load == "light" else 1.1,
-                    "bound_leftover": 1.5 if load == "light" else 0.99,
+                    "bound_vs_split": dict.fromkeys(SLOS, 2.9 if load == "light" else 1.1),
+                    "bound_leftover": dict.fromkeys(SLOS, 1.5 if load == "light" else 0.99),
                     "leftover_efficiency": dict.fromkeys(SLOS, 1.234 if load == "light" else 0.8),
                     "speedup_vs_split": {"loose": 2.61, "mid": 1.5, "strict": None},
                     "split_attains": {"loose": True, "mid": True, "strict": False},

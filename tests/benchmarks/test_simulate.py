@@ -11,9 +11,9 @@ from flexllm.config import SLO
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.scheduler.latency import LINEAR, SEGMENTS
 from flexllm.simulate.workload import poisson_arrivals
-from simulate import CONTESTANTS, Model, arrivals, by_trace, figures, validate, worst
+from simulate import CONTESTANTS, Factors, Model, arrivals, by_trace, figures, validate, worst
 
-SECONDS, SLOWER = 20.0, 1.3
+SECONDS, SLOWER = 20.0, Factors(1.3, 1.2)
 SLOS = {"loose": SLO(5.0, 0.2), "strict": SLO(0.5, 0.08)}
 COEFFICIENTS = {**dict.fromkeys(LINEAR, 0.0), "t0": 2e-2, "backward_rows": 1e-4, "prefill_pairs": 1e-7}
 LENGTHS = [256] * 20
@@ -35,7 +35,7 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
                 for r in result.records
             ]
             samples.append(
-                {"trace": "made-up", "load": "mid", "contestant": name, "round": turn, "seconds": SECONDS, "requests": requests[::-1]}
+                {"trace": "made-up", "load": "mid", "contestant": name, "round": turn, "elapsed": SECONDS, "requests": requests[::-1]}
             )
             results.append(result)
         found = figures(results, SLOS[slo])
@@ -44,8 +44,7 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
             "finetune_tok_s": tuning * found["finetune_tok_s"],
             "attainment": dict.fromkeys(SLOS, found["attainment"]),
         }
-    contestants["finetune"] = {"finetune_tok_s": model.run("coserve-loose", SLOS["loose"], [], SECONDS, SLOWER).finetune_rate}
-    samples.append({"trace": "made-up", "load": "mid", "contestant": "finetune", "round": 0, "seconds": SECONDS, "requests": []})
+    contestants["finetune"] = {"finetune_tok_s": model.run("coserve-loose", SLOS["loose"], [], 60.0, SLOWER).finetune_rate}
     return {
         "slos": {name: {"ttft_s": slo.ttft, "tpot_s": slo.tpot} for name, slo in SLOS.items()},
         "cells": [{"trace": "made-up", "load": "mid", "contestants": contestants}],
@@ -54,21 +53,21 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
 
 
 def test_a_machine_like_the_simulated_one_is_predicted():
-    workloads, (dedicated,) = validate(measured_on(replace(HERE, seed=7)), HERE)
+    workloads = validate(measured_on(replace(HERE, seed=7)), HERE)
     assert [w["contestant"] for w in workloads] == list(CONTESTANTS)
     for workload in workloads:
-        assert workload["factor"] == pytest.approx(SLOWER, rel=0.05)
+        assert workload["factors"] == pytest.approx(SLOWER._asdict(), rel=0.05)
         simulated, measured = workload["simulated"], workload["measured"]
         assert simulated.keys() == measured.keys()
         assert simulated["attainment"] == pytest.approx(measured["attainment"], abs=0.1)
         assert simulated["finetune_tok_s"] == pytest.approx(measured["finetune_tok_s"], rel=0.15)
-    assert workloads[0]["simulated"]["finetune_tok_s"] == 0
-    assert workloads[1]["simulated"]["finetune_tok_s"] > workloads[2]["simulated"]["finetune_tok_s"] > 0
-    assert dedicated["ratio"] == pytest.approx(1.0, rel=0.1)
+    alone, _, loose, strict = (w["simulated"]["finetune_tok_s"] for w in workloads)
+    assert alone == 0
+    assert loose > strict > 0
 
 
 def test_finetuning_is_predicted_and_not_fitted():
-    workloads, _ = validate(measured_on(HERE, tuning=0.5), HERE)
+    workloads = validate(measured_on(HERE, tuning=0.5), HERE)
     tuned = by_trace(workloads)["made-up"]["finetune_tok_s"]
     assert tuned["ratio"] == tuned["simulated"] / tuned["measured"] == pytest.approx(2.0, rel=0.1)
 
