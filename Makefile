@@ -29,15 +29,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The grid in full takes 20 minutes, 26 with VLLM_PYTHON (benchmarks/README.md), which adds the contestants that need vLLM. Each step
-# says how long it took.
+# The promise, measured in under 40 minutes: the grid (VLLM_PYTHON, see benchmarks/README.md, adds the contestants that need vLLM), what it rests
+# on, and a page about all results there are. Each step says how long it took. Training and serving speed and memory have benchmarks of
+# their own (finetune.py, serve.py, memory.py).
 bench: setup
 	$(BIN)/python benchmarks/coserve.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/latency.py --quick
-	$(BIN)/python benchmarks/memory.py --quick
-	$(BIN)/python benchmarks/finetune.py --quick
-	$(BIN)/python benchmarks/serve.py --quick $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/paper.py --quick
 	$(BIN)/python benchmarks/burst.py --quick

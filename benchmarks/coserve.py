@@ -238,13 +238,13 @@ def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
-    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 6)")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 8, with --quick 6)")
     found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
     found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="of temporal sharing, 0: dynamic (default: 64 128 512 0)")
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
-    args.seconds = args.seconds or 6.0
+    args.seconds = args.seconds or (6.0 if args.quick else 8.0)
     args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
     if args.rates and len(args.rates) != len(loads(args)):
