@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
 from flexllm.config import SLO, SchedulerConfig
 from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
@@ -17,12 +18,21 @@ from flexllm.memory.block_pool import BlockPool
 from flexllm.scheduler.latency import LatencyModel, PlanFeatures
 
 PACE = 0.9  # of the TPOT objective is aimed at: a last token that comes late cannot be made up for
-PRESSING = 0.5  # of the TTFT objective: what must be left of it for a prompt to wait
+SAFETY = 0.1  # of the TTFT objective is to be left when a prompt that had to wait is done
+MAX_LOOK = 64  # prompts of a class that are asked how long they can wait
 LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, whatever the decodes beside it
 
 
 class QueueFullError(ValueError):
     """max_waiting requests wait already; the newcomer was not taken."""
+
+
+class PrefillLimit(NamedTuple):
+    """How far the prompts of a class may go in an iteration."""
+
+    seconds: float  # that it may be predicted to take
+    urgent: float  # the same, for what they may not exceed whatever they need themselves
+    needed: float  # prompt rows that it has to have nevertheless
 
 
 class PriorityClass:
@@ -111,8 +121,8 @@ class RequestQueues:
     def plan(
         self, now: float, reclaim: Callable[[int], None], reclaimable: Callable[[], int], in_time: Callable[[float], float]
     ) -> tuple[InferenceChunk, ...]:
-        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens. A prompt whose own TTFT
-        can wait goes no further than the tokens that are due allow, one that cannot makes only those of less urgent classes late.
+        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens, as far as the tokens that are due
+        allow; further if a prompt's own TTFT needs it, but then making only those of its class and of less urgent ones late.
 
         `in_time(seconds)`: what an iteration may be planned to take if it has to end within so many seconds. `reclaim(n)` takes
         pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
@@ -123,12 +133,12 @@ class RequestQueues:
         rows_left = self._config.max_batch_tokens - len(decodes)
         self.page_blocked = False
         candidates = self._prefill_order(reclaim, reclaimable)
-        limits: dict[str, float] = {}  # seconds, by class
+        limits: dict[str, PrefillLimit] = {}  # by class
         while rows_left > 0 and (candidate := next(candidates, None)) is not None:
             limit = min(rows_left, candidate.num_tokens - candidate.num_computed)
             if candidate.priority not in limits:
-                limits[candidate.priority] = self._prefill_seconds(self._class_of(candidate), now, in_time)
-            rows = self._rows_in_time(candidate, (*decodes, *prefills), limit, limits[candidate.priority])
+                limits[candidate.priority] = self._prefill_limit(self._class_of(candidate), now, in_time)
+            rows = self._prefill_rows(candidate, (*decodes, *prefills), limit, limits[candidate.priority])
             start, end = candidate.num_computed, candidate.num_computed + rows
             chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
             (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
@@ -137,31 +147,38 @@ class RequestQueues:
                 break
         return (*decodes, *prefills)
 
-    def _prefill_seconds(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> float:
-        """What an iteration with prompts of a class may be predicted to take; inf if they cannot wait for anybody."""
-        waits = self._laxity(queue, now) > 0
-        due = (at for i, at in self._deadlines.items() if waits or self._class_of(self._requests[i]).slo.ttft < queue.slo.ttft)
-        return in_time(min(due, default=math.inf) - now)
+    def _prefill_limit(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> PrefillLimit:
+        urgent = (at for i, at in self._deadlines.items() if self._class_of(self._requests[i]).slo.ttft < queue.slo.ttft)
+        all_due, urgent_due = min(self._deadlines.values(), default=math.inf), min(urgent, default=math.inf)
+        return PrefillLimit(in_time(all_due - now), in_time(urgent_due - now), self._needed_rows(queue, now))
 
-    def _laxity(self, queue: PriorityClass, now: float) -> float:
-        """How long prompts of a class can wait, before they are computed at full speed one after the other, until the first of them is too
-        late; looked for no further than the first that is."""
+    def _needed_rows(self, queue: PriorityClass, now: float) -> float:
+        """Prompt rows of a class that every iteration has to have so that its first tokens come in time: with so many, the queue up to each
+        request is done when SAFETY of its objective is left, decode rows and all. inf if nothing is quick enough."""
         full = self._config.max_batch_tokens
         per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
-        least, seconds = math.inf, 0.0
-        for request in chain(queue.prefilling, queue.waiting):
-            seconds += per_row * (request.num_tokens - request.num_computed)
-            least = min(least, self._deadline(request, queue.slo) - now - PRESSING * queue.slo.ttft - seconds)
-            if least <= 0:
-                break
-        return least
+        beside = self._latency.predict(self.features(tuple(self._next_rows.values())))  # seconds of an iteration without prompts
+        rows, needed = 0, 0.0
+        for request in islice(chain(queue.prefilling, queue.waiting), MAX_LOOK):
+            rows += request.num_tokens - request.num_computed
+            spare = self._deadline(request, queue.slo) - SAFETY * queue.slo.ttft - now - rows * per_row
+            if spare <= 0:
+                return math.inf
+            needed = max(needed, rows * beside / spare)
+        return needed
 
-    def _rows_in_time(self, request: Request, chunks: tuple[InferenceChunk, ...], limit: int, seconds: float) -> int:
-        """Rows of a prompt that can join `chunks` within the seconds, at least LEAST_ROWS."""
-        if seconds == math.inf:
-            return limit
-        rows = self._latency.most_prefill_rows(self.features(chunks), request.num_computed, limit, seconds)
-        return max(rows, min(limit, LEAST_ROWS))
+    def _prefill_rows(self, request: Request, chunks: tuple[InferenceChunk, ...], limit: int, at_most: PrefillLimit) -> int:
+        """Rows of a prompt that join `chunks`, at least LEAST_ROWS."""
+        features = self.features(chunks)
+
+        def within(seconds: float) -> int:
+            if seconds == math.inf:
+                return limit
+            rows = self._latency.most_prefill_rows(features, request.num_computed, limit, seconds)
+            return max(rows, min(limit, LEAST_ROWS))
+
+        needed = at_most.needed - (features.rows - len(self._decoding))
+        return min(max(within(at_most.seconds), limit if needed >= limit else math.ceil(needed)), within(at_most.urgent))
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
         """Of the chunks `plan` returned just now: what `features_of` computes, without a look at every decode row."""
