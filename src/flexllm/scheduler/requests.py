@@ -121,8 +121,8 @@ class RequestQueues:
     def plan(
         self, now: float, reclaim: Callable[[int], None], reclaimable: Callable[[], int], in_time: Callable[[float], float]
     ) -> tuple[InferenceChunk, ...]:
-        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens, as far as the tokens that are due
-        allow; further if a prompt's own TTFT needs it, but then making only those of its class and of less urgent ones late.
+        """The inference rows of an iteration: every decoding request, then prefill up to max_batch_tokens, as far as the tokens that are
+        due allow; further if a prompt's own TTFT needs it, but then making only those of its class and of less urgent ones late.
 
         `in_time(seconds)`: what an iteration may be planned to take if it has to end within so many seconds. `reclaim(n)` takes
         pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
