@@ -1,8 +1,8 @@
 """How far the simulator is from measurements: the requests of every cell of coserve.py's grid, once more on the virtual clock.
 
-Iterations take what the engine's profile says, taken here and now, times two factors per cell: one makes the simulated TPOT without
-finetuning the measured one (the machine's drift, the server and the client), the other, on what only finetuning does, the speed of
-the job alone. Co-serving, the two together, is then predicted, not fitted.
+Iterations take what the engine's profile says, taken here and now, times two factors, medians over the cells: one makes the simulated
+TPOT without finetuning the measured one (the machine's drift, the server and the client), the other, on what only finetuning does,
+the speed of the job alone. Co-serving, the two together, is then predicted, not fitted.
 """
 
 from __future__ import annotations
@@ -161,13 +161,9 @@ def bisected(enough: Callable[[float], bool]) -> float:
 
 def validate(measured: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
     """Simulated beside measured, for each contestant in each cell of a result of coserve.py."""
-    workloads = []
-    for each in measured["cells"]:
-        cell = Cell(each, measured, model)
-        if FITTED in cell.contestants:
-            factors = cell.fit()
-            workloads += [cell.compare(contestant, factors) for contestant in cell.contestants]
-    return workloads
+    cells = [cell for each in measured["cells"] if FITTED in (cell := Cell(each, measured, model)).contestants]
+    factors = Factors(*map(statistics.median, zip(*(cell.fit() for cell in cells), strict=True)))
+    return [cell.compare(contestant, factors) for cell in cells for contestant in cell.contestants]
 
 
 def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -240,7 +236,7 @@ def main() -> None:
         "assumptions": {
             "noise": args.noise,
             "warmup_s": WARMUP,
-            "fitted": "two factors per cell, on the median TPOT without finetuning and the finetuning speed without requests",
+            "fitted": "two factors (medians over the cells), on the median TPOT without finetuning and the finetuning speed without requests",
         },
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }
