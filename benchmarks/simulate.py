@@ -236,7 +236,7 @@ def main() -> None:
         "assumptions": {
             "noise": args.noise,
             "warmup_s": WARMUP,
-            "fitted": "two factors (medians over the cells), on the median TPOT without finetuning and the finetuning speed without requests",
+            "fitted": "two factors, medians over the cells: on TPOT without finetuning, and on finetuning without requests",
         },
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }
