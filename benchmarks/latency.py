@@ -31,11 +31,11 @@ import torch
 from client import percentile
 from common import finish, log, parser, spin_as_the_server
 from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
-from flexllm.core import InferenceChunk, Request, SamplingParams, StepPlan
+from flexllm.core import InferenceChunk, PlanFeatures, Request, SamplingParams, StepPlan
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.model.loader import resolve_model
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures
+from flexllm.scheduler.latency import LatencyModel
 from workloads import random_prompts
 
 # By default an idle engine trains in slices of half a second: too few iterations a minute to say anything about.

@@ -14,10 +14,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from flexllm.scheduler.latency import PlanFeatures
+from operator import add
+from typing import NamedTuple
 
 INTERACTIVE, BATCH = "interactive", "batch"  # classes of requests
 
@@ -336,6 +334,32 @@ def _pairs(start: int, end: int) -> int:
 def nobody_waits() -> float:
     """Seconds that a newcomer has waited: none, for nobody came."""
     return 0.0
+
+
+class PlanFeatures(NamedTuple):
+    """What the time of an iteration depends on. Counts over the whole iteration. `+` adds them up, one by one.
+
+    A named tuple, because several are built per iteration: a frozen dataclass takes three times as long.
+    """
+
+    rows: int = 0  # forward rows: inference and windows
+    decode_rows: int = 0
+    decode_context: int = 0  # keys that decode rows see
+    prefill_pairs: int = 0  # query-key pairs of prefill and window rows
+    sampled_rows: int = 0  # rows whose logits are computed and sampled
+    label_rows: int = 0  # window rows that go through the loss
+    windows: int = 0  # each reads the head's weights for its loss
+    backward_rows: float = 0  # rows x layers, in rows that recompute nothing
+    backward_pairs: int = 0  # query-key pairs x layers
+    backward_slices: int = 0
+    optimizer_steps: int = 0
+
+    def __add__(self, other: PlanFeatures) -> PlanFeatures:  # type: ignore[override]  # not a concatenation
+        return PlanFeatures._make(map(add, self, other))
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.backward_slices or self.optimizer_steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from flexllm.core import (
     BackwardSlice,
     FinetuneJob,
     InferenceChunk,
+    PlanFeatures,
     Request,
     SamplingParams,
     Sequence,
@@ -29,7 +30,7 @@ from flexllm.core import (
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.job import TrainingJob
 from flexllm.model.decoder import Decoder
-from flexllm.scheduler.latency import PlanFeatures, features_of
+from flexllm.scheduler.latency import features_of
 
 if TYPE_CHECKING:
     from flexllm.engine import Engine

@@ -19,13 +19,13 @@ import transformers
 
 from flexllm.batch import FusedBatch
 from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
-from flexllm.core import InferenceChunk, JobEvent, JobStatus, Request, SamplingParams, StepPlan, nobody_waits
+from flexllm.core import InferenceChunk, JobEvent, JobStatus, PlanFeatures, Request, SamplingParams, StepPlan, nobody_waits
 from flexllm.engine import Engine
 from flexllm.finetune.data import IGNORE, TokenizedDataset
 from flexllm.model import default_model
 from flexllm.peft.config import LoraConfig, PeftConfig
 from flexllm.scheduler.jobs import epoch_order
-from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, PlanFeatures
+from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel
 
 TIE = 1e-4  # two logits nearer than this may change places
 SCHEDULER = SchedulerConfig(slo=SLO(ttft=1.0, tpot=0.06), max_batch_tokens=64, idle_slice=0.05)

@@ -3,8 +3,8 @@ from typing import NamedTuple
 
 import pytest
 
-from flexllm.core import BackwardSlice, InferenceChunk, Sequence, SlicePart, StepPlan, TokenWindow
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
+from flexllm.core import BackwardSlice, InferenceChunk, PlanFeatures, Sequence, SlicePart, StepPlan, TokenWindow
+from flexllm.scheduler.latency import LatencyModel, features_of
 from tests.scheduler.fake import make_job, make_request
 
 

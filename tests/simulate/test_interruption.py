@@ -13,6 +13,7 @@ from flexllm.core import (
     BackwardSlice,
     FinetuneJob,
     InferenceChunk,
+    PlanFeatures,
     Request,
     SamplingParams,
     SaveLevel,
@@ -21,7 +22,7 @@ from flexllm.core import (
     StepPlan,
     TokenWindow,
 )
-from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, PlanFeatures, features_of
+from flexllm.scheduler.latency import LINEAR, SEGMENTS, LatencyModel, features_of
 from flexllm.simulate.cluster import fleet
 from flexllm.simulate.iteration import Iteration
 from flexllm.simulate.replica import Machine, Replica

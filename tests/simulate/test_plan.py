@@ -11,9 +11,9 @@ import pytest
 from flexllm.cli.main import run
 from flexllm.compiler.report import report_compiler
 from flexllm.config import SLO, SchedulerConfig
+from flexllm.core import PlanFeatures
 from flexllm.model.config import ModelConfig
 from flexllm.peft.config import LoraConfig
-from flexllm.scheduler.latency import PlanFeatures
 from flexllm.simulate.capacity import fewest, plan_capacity
 from flexllm.simulate.roofline import DEVICES, example_job, layer_parameters, machine_of, roofline, save_levels
 from flexllm.simulate.simulator import SimulationResult

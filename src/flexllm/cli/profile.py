@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flexllm.cli.offline import load_llm
 from flexllm.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Quantization, Threads
-from flexllm.scheduler.latency import PlanFeatures
+from flexllm.core import PlanFeatures
 
 if TYPE_CHECKING:
     from flexllm.scheduler.latency import LatencyModel

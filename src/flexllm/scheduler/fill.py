@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from flexllm.core import BackwardSlice, FinetuneJob, Sequence, SlicePart, TokenWindow
+from flexllm.core import BackwardSlice, FinetuneJob, PlanFeatures, Sequence, SlicePart, TokenWindow
 from flexllm.scheduler.jobs import JobState, JobTable, Work
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures, expected_labels
+from flexllm.scheduler.latency import LatencyModel, expected_labels
 
 MAX_WAITS = 16  # iterations in a row that windows may wait for a larger slack
 MIN_ROWS = 16  # fewer backward rows than this wait an iteration, once

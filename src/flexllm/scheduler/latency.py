@@ -14,45 +14,17 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from operator import add
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from flexllm.core import Sequence, StepPlan
+from flexllm.core import PlanFeatures, Sequence, StepPlan
 
 VERSION = 2  # of a stored profile
 EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
 _SEGMENT_ROWS = np.diff(SEGMENT_STARTS, append=np.inf)  # that fit into each
-
-
-class PlanFeatures(NamedTuple):
-    """What the time of an iteration depends on. Counts over the whole iteration. `+` adds them up, one by one.
-
-    A named tuple, because several are built per iteration: a frozen dataclass takes three times as long.
-    """
-
-    rows: int = 0  # forward rows: inference and windows
-    decode_rows: int = 0
-    decode_context: int = 0  # keys that decode rows see
-    prefill_pairs: int = 0  # query-key pairs of prefill and window rows
-    sampled_rows: int = 0  # rows whose logits are computed and sampled
-    label_rows: int = 0  # window rows that go through the loss
-    windows: int = 0  # each reads the head's weights for its loss
-    backward_rows: float = 0  # rows x layers, in rows that recompute nothing
-    backward_pairs: int = 0  # query-key pairs x layers
-    backward_slices: int = 0
-    optimizer_steps: int = 0
-
-    def __add__(self, other: PlanFeatures) -> PlanFeatures:  # type: ignore[override]  # not a concatenation
-        return PlanFeatures._make(map(add, self, other))
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.rows or self.backward_slices or self.optimizer_steps)
 
 
 LINEAR = PlanFeatures._fields[1:]  # all but `rows`

@@ -13,9 +13,9 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import FinishReason, InferenceChunk, Request, RequestStatus, StepResult, TokenOutput
+from flexllm.core import FinishReason, InferenceChunk, PlanFeatures, Request, RequestStatus, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures
+from flexllm.scheduler.latency import LatencyModel
 
 PACE = 0.9  # of the TPOT objective is aimed at: a last token that comes late cannot be made up for
 SAFETY = 0.1  # of the TTFT objective is to be left when a prompt that had to wait is done

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from flexllm.config import SchedulerConfig
-from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, Request, Sequence, StepPlan, StepResult, TokenOutput
+from flexllm.core import FinetuneJob, FinishReason, InferenceChunk, PlanFeatures, Request, Sequence, StepPlan, StepResult, TokenOutput
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.fill import SlackFill
 from flexllm.scheduler.jobs import JobTable, Work
-from flexllm.scheduler.latency import LatencyModel, PlanFeatures, features_of
+from flexllm.scheduler.latency import LatencyModel, features_of
 from flexllm.scheduler.requests import RequestQueues
 
 MARGIN_QUANTILE = 0.95  # of recent prediction errors: the mean of a request's iterations is what its TPOT is
