@@ -195,7 +195,7 @@ def test_interruptions_change_nothing(seed: int, exact: World) -> None:
     answers = Run(exact.engine(seed=3))
     answers.serve(exact.requests(n=20, span=150))
     rng = random.Random(seed)
-    run, spec = Run(exact.engine(seed=3), waited=lambda: 10.0 if rng.random() < 0.1 else 0.0), exact.spec()
+    run, spec = Run(exact.engine(seed=3), waited=lambda: 10.0 if rng.random() < 0.2 else 0.0), exact.spec()
     run.engine.add_job(spec)
     run.serve(requests)
     cut = [p for p in run.plans if p.interrupted]
