@@ -102,8 +102,8 @@ class Cell:
         self._cell, self._model = cell, model
         self._where = {name: cell[name] for name in ("trace", "load")}
         self._slos = {name: SLO(slo["ttft_s"], slo["tpot_s"]) for name, slo in measured["slos"].items()}
-        self._here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
-        self._rounds = {name: [s for s in self._here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
+        here = [s for s in measured["samples"] if all(s[name] == value for name, value in self._where.items())]
+        self._rounds = {name: [s for s in here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
 
     @property
     def contestants(self) -> list[str]:

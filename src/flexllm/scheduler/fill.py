@@ -145,10 +145,9 @@ class SlackFill:
                 return True
             level = [(s, row) for s, (at, row) in zip(cohort, cursors, strict=True) if at == layer]
             whole = sum([row for _, row in level])
-            limit = -(-whole // -(-whole // MAX_SLICE_ROWS))  # equal slices
             first = cohort[0]
             layers = layer - first.lowest_of_slice(layer) + 1
-            if whole == limit == sum([s.length for s in cohort]) and self._add_layers(state, layer, layers, cohort):
+            if whole == sum([s.length for s in cohort]) <= MAX_SLICE_ROWS and self._add_layers(state, layer, layers, cohort):
                 continue
             slices = _equal_slices(layer, level)
             weight = layers * first.save_level.cost
@@ -187,26 +186,26 @@ class SlackFill:
         if count <= 0:
             return 0
         items = [item, *(BackwardSlice(layer - i * layers, parts) for i in range(1, count))]
-        self.backward += items
-        state.waited = 0
-        state.deferred = False
         below = layer - count * layers
         for sequence in cohort:
             self._cursors[sequence.id] = (below, sequence.length)
-        self._count(PlanFeatures._make(count * value for value in one), *items)
+        self._book(state, items, PlanFeatures._make(count * value for value in one))
         return count
 
     def _add_slices(self, state: JobState, slices: list[BackwardSlice], sizes: list[tuple[float, int]]) -> None:
         """Slices of one layer; `sizes`: their (cost, pairs)."""
-        self.backward += slices
-        state.waited = 0
-        state.deferred = False
         layer, below = slices[0].layer, slices[0].lowest - 1
         for item in slices:
             for sequence, start, _ in item.parts:
                 self._cursors[sequence.id] = (layer, start) if start else (below, sequence.length)
         cost, pairs = map(sum, zip(*sizes, strict=True))
-        self._count(PlanFeatures(backward_rows=cost, backward_pairs=pairs, backward_slices=len(slices)), *slices)
+        self._book(state, slices, PlanFeatures(backward_rows=cost, backward_pairs=pairs, backward_slices=len(slices)))
+
+    def _book(self, state: JobState, slices: list[BackwardSlice], added: PlanFeatures) -> None:
+        self.backward += slices
+        state.waited = 0
+        state.deferred = False
+        self._count(added, *slices)
 
     def _completes_group(self, state: JobState) -> bool:
         lowest = state.job.lowest_layer

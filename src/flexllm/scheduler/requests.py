@@ -148,8 +148,9 @@ class RequestQueues:
         return (*decodes, *prefills)
 
     def _prefill_limit(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> PrefillLimit:
-        urgent = (at for i, at in self._deadlines.items() if self._class_of(self._requests[i]).slo.ttft < queue.slo.ttft)
-        all_due, urgent_due = min(self._deadlines.values(), default=math.inf), min(urgent, default=math.inf)
+        all_due, urgent_due = min(self._deadlines.values(), default=math.inf), math.inf
+        if more_urgent := {name for name, other in self._classes.items() if other.slo.ttft < queue.slo.ttft}:
+            urgent_due = min((at for i, at in self._deadlines.items() if self._requests[i].priority in more_urgent), default=math.inf)
         return PrefillLimit(in_time(all_due - now), in_time(urgent_due - now), self._needed_rows(queue, now))
 
     def _needed_rows(self, queue: PriorityClass, now: float) -> float:
