@@ -117,13 +117,13 @@ def samples(server: Server) -> list[tuple[str, dict[str, str], float]]:
 @dataclass(frozen=True)
 class Counters:
     time: float
-    finetune_tokens: float
+    finetune_tokens: float  # half a token when it has gone forward, half when it has gone backward: iterations do one or the other
     step_seconds: float
 
     @staticmethod
     def read(server: Server) -> Counters:
         found = samples(server)
-        tokens = sum(v for name, labels, v in found if name == "flexllm:finetune_tokens_total" and labels["phase"] == "backward")
+        tokens = sum(v for name, _, v in found if name == "flexllm:finetune_tokens_total") / 2
         return Counters(time.perf_counter(), tokens, sum(v for name, _, v in found if name == "flexllm:step_seconds_sum"))
 
 

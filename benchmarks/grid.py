@@ -24,7 +24,7 @@ class Phase:
     records: list[RequestRecord]
     seconds: float  # of arrivals
     elapsed: float  # until the last answer, and no less
-    finetune_tok_s: float  # tokens whose backward is done, over `elapsed`
+    finetune_tok_s: float  # tokens over `elapsed`, half of each for its forward, half for its backward
     busy_seconds: float | None  # that the engine spent in iterations; None: not known
 
 

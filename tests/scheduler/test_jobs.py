@@ -99,25 +99,41 @@ def test_those_behind_come_level_before_all_go_on():
     ]
 
 
-def test_a_small_slack_cuts_a_layer_at_any_row():
+def cut_slices(engine: FakeEngine) -> list[int]:
+    """Rows of the backward slices, beside requests, that left rows of their layer for later."""
+    return [p.rows for plan in engine.plans if plan.inference for item in plan.backward for p in item.parts if p.start > 0]
+
+
+def test_a_slice_waits_for_the_slack_it_needs():
     latency = simple_model(t0=0.01, row=1e-4, backward_rows=1e-3)  # 8 forward and 37 backward rows or so per token
     engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=100, tpot=0.05))
     engine.scheduler.add_job(make_job("j", [200], group_size=1))
     engine.add_request(make_request("r", prompt=20, output=100))
     engine.run()
-    cut = [p.rows for plan in engine.plans if plan.inference for item in plan.backward for p in item.parts if p.start > 0]
-    assert len(cut) > 4
-    assert all(16 <= rows < 100 for rows in cut)
+    assert sum(len(plan.backward) for plan in engine.plans if plan.inference) == LAYERS - LOWEST
+    assert not cut_slices(engine)
     assert engine.steps["j"] == [[0]]
 
 
-def test_slices_not_worth_it_wait_once():
+def test_a_slice_that_never_fits_is_cut():
+    latency = simple_model(t0=0.01, row=1e-4, backward_rows=1e-3)
+    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=100, tpot=0.05), idle_slice=0.05)
+    engine.scheduler.add_job(make_job("j", [200], group_size=1))
+    engine.add_request(make_request("r", prompt=20, output=100))
+    engine.run()
+    cut = cut_slices(engine)
+    assert len(cut) > 4
+    assert set(cut) == {50}  # what idle_slice allows
+    assert engine.steps["j"] == [[0]]
+
+
+def test_an_iteration_with_room_for_five_rows_has_five():
     latency = simple_model(t0=0.01, row=1e-6, backward_rows=1e-3)
-    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.0055)  # five rows per iteration
+    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.0055)
     engine.scheduler.add_job(make_job("j", [100], group_size=1))
     engine.add_request(make_request("r", prompt=4, output=60))
     rows = [engine.step().backward_rows for _ in range(8)]
-    assert rows == [0, 0, 0, 5, 0, 5, 0, 5]
+    assert rows == [0, 0, 5, 5, 5, 5, 5, 5]
 
 
 def test_late_requests_leave_nothing_to_finetuning():

@@ -13,8 +13,8 @@ from flexllm.core import BackwardSlice, FinetuneJob, PlanFeatures, Sequence, Sli
 from flexllm.scheduler.jobs import JobState, JobTable, Work
 from flexllm.scheduler.latency import LatencyModel, expected_labels
 
-MAX_WAITS = 16  # iterations in a row that windows may wait for a larger slack
-MIN_ROWS = 16  # fewer backward rows than this wait an iteration, once
+MAX_WAITS = 16  # iterations in a row that finetuning may wait for a larger slack
+MIN_ROWS = 16  # of a window or slice that has to be
 COHORT_ROWS = 512  # short sequences go down the layers together until their GEMMs are this large
 MAX_SLICE_ROWS = 1024  # GEMMs gain nothing beyond, temporaries grow
 
@@ -42,7 +42,7 @@ class SlackFill:
         self.backward: list[BackwardSlice] = []
         self.optimizer_steps: list[FinetuneJob] = []
         self.seconds: dict[Work, float] = {}  # by how much each of these makes the iteration longer
-        self.features = inference
+        self.features = self._inference = inference
         self.predicted = latency.predict(inference)
         self._jobs = jobs
         self._latency = latency
@@ -73,7 +73,7 @@ class SlackFill:
             limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
             labels = partial(expected_labels, sequence)
             rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
-            if rows < limit and self._waits(state, sequence, rows, limit):
+            if rows < limit and self._fits_later(_window(sequence, min(limit, 2 * rows + 1))) and self._waits(state):
                 return True
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
@@ -84,13 +84,13 @@ class SlackFill:
                 return rows == 0  # where not one row fits, a slice may
         return True
 
-    def _waits(self, state: JobState, sequence: Sequence, rows: int, limit: int) -> bool:
-        """Whether a window of `rows` is not worth its cost yet: time left unused now is slack later, and ten rows cost nearly what
-        a hundred do."""
-        if self._must_progress or state.waited >= MAX_WAITS:
-            return False
-        twice = TokenWindow(sequence, sequence.forward, sequence.forward + 2 * rows + 1)
-        if twice.rows > limit or self._latency.predict(self.features + _features_of(twice)) > self._ceiling:
+    def _fits_later(self, window: TokenWindow) -> bool:
+        return self._latency.predict(self._inference + _features_of(window)) <= self._ceiling
+
+    def _waits(self, state: JobState) -> bool:
+        """Whether work that could be more in another iteration is left for it: a few rows cost nearly what many do, and time left unused
+        now is slack later."""
+        if self._is_forced or state.waited >= MAX_WAITS:
             return False
         state.waited += 1
         return True
@@ -101,7 +101,7 @@ class SlackFill:
             yield sequence
 
     def _add_window(self, sequence: Sequence, rows: int) -> None:
-        window = TokenWindow(sequence, sequence.forward, sequence.forward + rows)
+        window = _window(sequence, rows)
         self._jobs.grow(sequence, window.end)
         self.windows.append(window)
         self._window_rows_left -= rows
@@ -159,26 +159,30 @@ class SlackFill:
                 return False
 
     def _add_rows_of(self, state: JobState, item: BackwardSlice) -> bool:
-        """As many rows of a slice as fit, the last ones. False when the time is used up."""
+        """A slice, or as many of its rows as ever fit, the last ones. False when the time is used up."""
         level = [(part.sequence, part.end) for part in item.parts]
         layers, limit = item.num_layers, item.rows
         weight = layers * item.parts[0].sequence.save_level.cost
-        rows = self._latency.most_backward_rows(self.features, weight, partial(_last_pairs, level, layers), limit, self._budget)
-        if rows < min(limit, MIN_ROWS):
-            if self._is_forced:
-                rows = min(limit, MIN_ROWS)
-            elif rows == 0 or not state.deferred:
-                state.deferred = state.deferred or rows > 0
-                return False
-        some = BackwardSlice(item.layer, _last_rows(level, rows))
-        self._add_slices(state, [some], [(some.cost, some.pairs)])
+        pairs = partial(_last_pairs, level, layers)
+
+        def most(base: PlanFeatures, budget: float) -> int:
+            return self._latency.most_backward_rows(base, weight, pairs, limit, budget)
+
+        rows = most(self.features, self._budget)
+        if rows < limit and rows < most(self._inference, self._ceiling) and self._waits(state):
+            return False
+        if self._is_forced:
+            rows = max(rows, min(limit, MIN_ROWS))
+        if rows > 0:
+            some = BackwardSlice(item.layer, _last_rows(level, rows))
+            self._add_slices(state, [some], [(some.cost, some.pairs)])
         return rows == limit
 
     def _add_layers(self, state: JobState, layer: int, layers: int, cohort: list[Sequence]) -> int:
         """As many whole slices of `layers` layers as fit, from `layer` on: all alike, so they are planned at once. Returns how many."""
         parts = tuple(SlicePart(s, 0, s.length) for s in cohort)
         item = BackwardSlice(layer, parts)
-        one = PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1)
+        one = _features_of_slice(item)
         seconds = self._latency.predict(self.features + one) - self.predicted
         count = (layer - state.job.lowest_layer + 1) // layers
         if seconds > 0:
@@ -204,7 +208,6 @@ class SlackFill:
     def _book(self, state: JobState, slices: list[BackwardSlice], added: PlanFeatures) -> None:
         self.backward += slices
         state.waited = 0
-        state.deferred = False
         self._count(added, *slices)
 
     def _completes_group(self, state: JobState) -> bool:
@@ -237,9 +240,18 @@ class SlackFill:
         self.predicted = predicted
 
 
+def _window(sequence: Sequence, rows: int) -> TokenWindow:
+    """The next rows of a sequence."""
+    return TokenWindow(sequence, sequence.forward, sequence.forward + rows)
+
+
 def _features_of(window: TokenWindow) -> PlanFeatures:
     labels = expected_labels(window.sequence, window.rows)
     return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels, windows=1)
+
+
+def _features_of_slice(item: BackwardSlice) -> PlanFeatures:
+    return PlanFeatures(backward_rows=item.cost, backward_pairs=item.pairs, backward_slices=1)
 
 
 def _equal_slices(layer: int, level: list[tuple[Sequence, int]]) -> list[BackwardSlice]:

@@ -38,8 +38,7 @@ class JobState:
         self.admitted: dict[int, Sequence] = {}  # by id, in the order of admission
         self.num_undone = 0  # sequences of the group
         self.validating = False  # the group is a validation pass
-        self.waited = 0  # iterations in a row in which windows waited for a larger slack
-        self.deferred = False  # a slice too small to be worth it was put off in the last iteration
+        self.waited = 0  # iterations in a row in which its work waited for a larger slack
         self._validated_step = -1
         self._epoch_order: tuple[int, list[int]] = (-1, [])
 
