@@ -36,7 +36,7 @@ from workloads import TRACES, Load, Trace, load_of
 
 # Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
 # A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
-EVERY_ROUND = {"inference-loose": 1.0, "coserve-loose": 1.0, "finetune": 0.4, "inference-strict": 1.0, "coserve-strict": 1.0, "split": 1.0}
+EVERY_ROUND = {"inference-loose": 1.0, "coserve-loose": 1.0, "finetune": 0.6, "inference-strict": 1.0, "coserve-strict": 1.0, "split": 1.0}
 FIRST_ROUND = 0.5  # of the others, which have no further rounds
 VLLM_BESIDE_PEFT = ("split", "contending")
 OURS = "flexllm"  # our server: its log and its state

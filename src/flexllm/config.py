@@ -14,7 +14,7 @@ from flexllm.peft.config import LoraConfig, PeftConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
-PATIENCE = 0.05  # of the tightest TTFT objective
+PATIENCE = 0.1  # of the tightest TTFT objective
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -112,7 +112,7 @@ class SchedulerConfig:
 
     @property
     def patience(self) -> float:
-        """Seconds that a newcomer waits for windows under way before they are dropped, and their work with them."""
+        """Seconds that a newcomer waits for windows under way; those that would take longer are dropped, and their work with them."""
         return PATIENCE * min(slo.ttft for slo in (self.slo, *self.class_slos.values()))
 
 

@@ -44,7 +44,7 @@ from flexllm.ops import select_kernels
 from flexllm.peft.pool import AdapterPool
 from flexllm.peft.registry import AdapterRegistry
 from flexllm.profiler import load_costs, measure_costs, save_costs, take_profile
-from flexllm.scheduler.latency import LatencyModel
+from flexllm.scheduler.latency import LatencyModel, features_of
 from flexllm.scheduler.requests import QueueFullError
 from flexllm.scheduler.scheduler import HybridTokenScheduler
 from flexllm.tracing import IterationTrace
@@ -97,8 +97,8 @@ class Engine:
     def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:
         """One iteration: some rows of some requests, some rows of some training sequences, one pass.
 
-        `waited` says for how many seconds a newcomer has waited (0: nobody came). The backward stops at once, after its slice; windows
-        stop at the next layer once the newcomer's patience is over, and go forward again another time.
+        `waited` says for how many seconds a newcomer has waited (0: nobody came). The backward stops at once, after its slice. Windows
+        stop at the next layer, and go forward again another time, unless they are predicted to end within the newcomer's patience.
         """
         start = self.clock()
         done = self.execute(self.scheduler.schedule(start), waited)
@@ -112,9 +112,13 @@ class Engine:
 
     def execute(self, plan: StepPlan, waited: Callable[[], float] = nobody_waits) -> Execution:
         """Carry out a plan, or what of it the newcomers leave time for."""
+        start = self.clock()
 
         def impatient() -> bool:
-            return waited() > self.config.scheduler.patience
+            if (seconds := waited()) == 0:
+                return False
+            forward = self.latency.predict(features_of(plan.cut(plan.windows)))
+            return max(seconds, start + forward - self.clock()) > self.config.scheduler.patience
 
         self.trainer.begin(plan)
         tokens: dict[str, TokenLogprob] = {}

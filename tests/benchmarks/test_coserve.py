@@ -76,8 +76,8 @@ def test_baselines_have_the_first_of_the_same_requests(tmp_path: Path) -> None:
     assert asked["coserve-strict"] == asked["inference-strict"]
     (half,) = asked["temporal-64"]
     assert (half.seconds, half.arrivals, half.prompts) == (4.0, first.arrivals[:4], first.prompts[:4])
-    assert [(load.seconds, load.arrivals) for load in asked["finetune"]] == [(3.2, [])] * 2
-    assert {s.as_dict()["seconds"] for s in samples} == {8.0, 4.0, 3.2}
+    assert [(load.seconds, load.arrivals) for load in asked["finetune"]] == [(4.8, [])] * 2
+    assert {s.as_dict()["seconds"] for s in samples} == {8.0, 4.0, 4.8}
 
 
 def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
 
 def test_the_estimate_counts_every_phase() -> None:
     short, long = (estimated_seconds(arguments(seconds=s)) for s in (8.0, 16.0))
-    per_cell = 2 * 5 * 8.0 + 2 * 0.4 * 8.0 + 5 * 0.5 * 8.0
+    per_cell = 2 * 5 * 8.0 + 2 * 0.6 * 8.0 + 5 * 0.5 * 8.0
     assert long - short == pytest.approx(3 * per_cell)
 
 

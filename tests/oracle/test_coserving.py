@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexllm.config import FinetuneConfig, JobSpec
+from flexllm.config import SLO, FinetuneConfig, JobSpec
 from flexllm.core import JobStatus, Request, SamplingParams
 from flexllm.engine import Engine
 from flexllm.peft.config import LINEARS, LoraConfig
@@ -141,7 +141,7 @@ def test_preempted_requests_give_the_same_tokens(single: World) -> None:
     """Pages for a fifth of what is wanted: requests lose theirs, wait and are computed again; a job goes on beside them."""
     roomy = Run(single.engine())
     roomy.serve(single.requests(span=20))
-    tight = Run(single.engine(num_blocks=14))
+    tight = Run(single.engine(num_blocks=13))
     spec = single.spec()
     tight.engine.add_job(spec)
     requests = single.requests(span=20)
@@ -205,6 +205,16 @@ def test_interruptions_change_nothing(seed: int, exact: World) -> None:
     run_answers = {r.id: run.tokens[r.id] for _, r in requests}
     assert run_answers == {r.id: answers.tokens[r.id] for _, r in requests}
     assert_idle(run.engine)
+
+
+@pytest.mark.parametrize("ttft", [1e6, 1e-6])
+def test_windows_that_end_within_the_patience_are_kept(ttft: float, single: World) -> None:
+    run, spec = Run(single.engine(), waited=lambda: 1e-6), single.spec()
+    run.engine.reconfigure(dataclasses.replace(run.engine.config.scheduler, slo=SLO(ttft=ttft)))
+    job = run.engine.add_job(spec)
+    run.step()
+    (plan,) = run.plans
+    assert bool(plan.windows) == (ttft > 1) == any(s.forward > 0 for s in job.group)
 
 
 def test_job_survives_page_pressure(exact: World) -> None:

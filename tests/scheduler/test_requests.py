@@ -105,8 +105,8 @@ def test_a_prompt_that_cannot_wait_makes_running_requests_late():
 
 
 def test_a_prompt_that_can_wait_a_little_makes_running_requests_a_little_late():
-    """Of 0.5 s, 0.45 may pass until its 400 ms are done, beside 8 ms of decode rows an iteration: some 64 rows in each."""
-    engine = FakeEngine(num_blocks=200, slo=SLO(ttft=0.5, tpot=0.05), latency=simple_model(1e-3), max_batch_tokens=512)
+    """Of 0.55 s, 0.45 may pass until its 400 ms are done, beside 8 ms of decode rows an iteration: some 64 rows in each."""
+    engine = FakeEngine(num_blocks=200, slo=SLO(ttft=0.55, tpot=0.05), latency=simple_model(1e-3), max_batch_tokens=512)
     for i in range(8):
         engine.add_request(make_request(f"running{i}", prompt=1, output=100))
     engine.step()
@@ -116,7 +116,7 @@ def test_a_prompt_that_can_wait_a_little_makes_running_requests_a_little_late():
         rows.append(engine.step().inference_rows - 8)
     assert 45 < rows[0] < 100
     assert max(rows) < 150
-    assert engine.now - came <= 0.5
+    assert engine.now - came <= 0.55
 
 
 def test_a_queue_of_prompts_presses_though_none_of_them_alone_does():

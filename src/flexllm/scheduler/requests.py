@@ -18,7 +18,7 @@ from flexllm.memory.block_pool import BlockPool
 from flexllm.scheduler.latency import LatencyModel
 
 PACE = 0.9  # of the TPOT objective is aimed at: a last token that comes late cannot be made up for
-SAFETY = 0.1  # of the TTFT objective is to be left when a prompt that had to wait is done
+SAFETY = 2  # TPOTs, about as many iterations, are to be left of its TTFT when a prompt that had to wait is done
 MAX_LOOK = 64  # prompts of a class that are asked how long they can wait
 LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, whatever the decodes beside it
 
@@ -155,14 +155,14 @@ class RequestQueues:
 
     def _needed_rows(self, queue: PriorityClass, now: float) -> float:
         """Prompt rows of a class that every iteration has to have so that its first tokens come in time: with so many, the queue up to each
-        request is done when SAFETY of its objective is left, decode rows and all. inf if nothing is quick enough."""
+        request is done when the time of SAFETY tokens is left, decode rows and all. inf if nothing is quick enough."""
         full = self._config.max_batch_tokens
         per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
         beside = self._latency.predict(self.features(tuple(self._next_rows.values())))  # seconds of an iteration without prompts
         rows, needed = 0, 0.0
         for request in islice(chain(queue.prefilling, queue.waiting), MAX_LOOK):
             rows += request.num_tokens - request.num_computed
-            spare = self._deadline(request, queue.slo) - SAFETY * queue.slo.ttft - now - rows * per_row
+            spare = self._deadline(request, queue.slo) - SAFETY * queue.slo.tpot - now - rows * per_row
             if spare <= 0:
                 return math.inf
             needed = max(needed, rows * beside / spare)

@@ -26,8 +26,8 @@ class Iteration:
     def interrupted(self, now: float, latency: LatencyModel, patience: float) -> Iteration:
         """What is left of it when a request comes `now`, before its end: finetuning stops at the next boundary.
 
-        In the forward that is the next layer after its `patience` (inference goes on alone through the others, and the windows are
-        not done), in the backward the end of the slice under way. An optimizer step that has begun is finished.
+        In the forward that is the next layer (inference goes on alone through the others, and the windows are not done) unless all of it
+        ends within `patience`, in the backward the end of the slice under way. An optimizer step that has begun is finished.
         """
         assert self.start <= now < self.end
         plan = self.plan
@@ -36,8 +36,8 @@ class Iteration:
         alone = plan.cut()
         if plan.windows:
             whole, rest = (self.factor * latency.predict(features_of(p)) for p in (plan.cut(plan.windows), alone))
-            spent = now + patience - self.start
-            if spent < whole:
+            spent = now - self.start
+            if spent + patience < whole:
                 layers = plan.windows[0].sequence.job.num_layers
                 share = math.ceil(spent / whole * layers) / layers
                 return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
