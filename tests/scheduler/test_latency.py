@@ -119,6 +119,28 @@ def test_a_single_slow_iteration_moves_no_prediction():
     assert model.predict(plan) == pytest.approx(before, rel=0.03)
 
 
+def test_serving_for_long_does_not_make_finetuning_dearer():
+    """What is not seen for an hour is still believed to cost what it did, on a machine whose iterations scatter."""
+    model, rng = profiled(), random.Random(5)
+
+    def decodes(n: int) -> PlanFeatures:
+        return PlanFeatures(rows=n, decode_rows=n, decode_context=200 * n, sampled_rows=n)
+
+    def beside_decodes(work: PlanFeatures) -> float:
+        return model.predict(decodes(4) + work) - model.predict(decodes(4))
+
+    finetuning = [
+        PlanFeatures(rows=200, prefill_pairs=200 * 100, label_rows=200, windows=1),
+        PlanFeatures(backward_rows=2000, backward_pairs=200_000, backward_slices=10),
+        PlanFeatures(optimizer_steps=1),
+    ]
+    before = [beside_decodes(f) for f in finetuning]
+    for _ in range(3000):
+        plan = decodes(rng.randint(1, 8))
+        model.observe(plan, machine(plan) * rng.lognormvariate(0.0, 0.25))
+    assert [beside_decodes(f) for f in finetuning] == pytest.approx(before, rel=0.3)
+
+
 def test_outliers_do_not_disturb_the_model():
     model, rng = profiled(), random.Random(3)
     observe(model, rng, 300, outliers=0.02)

@@ -195,12 +195,18 @@ class LatencyModel:
         vectors = np.concatenate([self._vectors, _vectors([f for f, _ in self._unseen])])[-self.MEMORY :]
         seconds = np.concatenate([self._seconds_of, [t for _, t in self._unseen]])[-self.MEMORY :]
         self._vectors, self._seconds_of, self._unseen = vectors, seconds, []
-        residuals = np.abs(vectors @ self._theta / seconds - 1)
-        if residuals.max() < EXACT:
+        before = vectors @ self._theta
+        residuals = np.abs(before / seconds - 1)
+        typical = _median(residuals[-self.HALF_LIFE :])
+        if typical < EXACT:
             return
-        huber = np.minimum(1.0, 2 * _median(residuals[-self.HALF_LIFE :]) / np.maximum(residuals, 1e-9))
-        ages = np.arange(len(seconds))[::-1]
-        self._theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=huber * 0.5 ** (ages / self.HALF_LIFE))
+        huber = np.minimum(1.0, 2 * typical / np.maximum(residuals, 1e-9))
+        weights = huber * 0.5 ** (np.arange(len(seconds))[::-1] / self.HALF_LIFE)
+        theta = _solve(vectors, seconds, self._theta, stiffness=0.3, weights=weights)
+        # Their common level is the drift's to follow. Were a refit to move it, as its asymmetric errors do a little every time, the drift
+        # would make up for it, also in what was not seen lately: training would become ever dearer while only requests are served.
+        level = np.exp(np.average(np.log(vectors @ theta / before), weights=weights))
+        self._theta = np.where(vectors.any(axis=0), theta / level, self._theta)
         self._unpack()
 
     # --------------------------------------------------------------------------------------------------------- storage
