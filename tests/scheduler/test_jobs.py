@@ -127,6 +127,18 @@ def test_a_slice_that_never_fits_is_cut():
     assert engine.steps["j"] == [[0]]
 
 
+def test_an_optimizer_step_beyond_idle_slice_takes_the_slack():
+    latency = simple_model(t0=0.01, row=1e-4, backward_rows=1e-4, optimizer_steps=0.3)
+    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=100, tpot=0.05), idle_slice=0.1)
+    engine.scheduler.add_job(make_job("j", [20] * 3, group_size=1))
+    engine.add_request(make_request("r", prompt=20, output=100))
+    engine.run()
+    steps = [plan for plan in engine.plans if plan.optimizer_steps]
+    assert [bool(plan.inference) for plan in steps] == [True, True, True]
+    assert not any(plan.windows or plan.backward for plan in steps)
+    assert all(plan.predicted <= plan.slack for plan in steps)
+
+
 def test_an_iteration_with_room_for_five_rows_has_five():
     latency = simple_model(t0=0.01, row=1e-6, backward_rows=1e-3)
     engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.0055)
@@ -167,10 +179,11 @@ def test_an_idle_engine_makes_progress_whatever_the_model_believes():
     assert engine.steps["j"] == [[0, 1]]
 
 
-def test_an_optimizer_step_waits_until_it_fits():
-    engine = FakeEngine(slo=SLO(ttft=100, tpot=100), idle_slice=0.008)  # the prior takes a step for 10 ms
+def test_an_optimizer_step_waits_until_the_slack_has_room():
+    latency = simple_model(t0=0.01, row=1e-4, backward_rows=1e-4, optimizer_steps=0.3)
+    engine = FakeEngine(latency=latency, slo=SLO(ttft=100, tpot=0.05))
     engine.scheduler.add_job(make_job("j", [4], group_size=1))
-    engine.add_request(make_request("r", output=50))
+    engine.add_request(make_request("r", output=8))  # done before it has 0.3 s to spare
     while engine.scheduler.num_running or engine.scheduler.num_waiting:
         assert not engine.step().optimizer_steps
     engine.run()

@@ -31,13 +31,13 @@ class SlackFill:
         jobs: JobTable,
         latency: LatencyModel,
         inference: PlanFeatures,
-        budget: float,
+        slack: float,
         ceiling: float,
         max_window_rows: int,
         must_progress: bool,
     ) -> None:
-        """`budget`: seconds that the whole iteration may take; `ceiling`: what they can become by waiting; `must_progress`: do the
-        least possible even if it takes longer."""
+        """`slack`: seconds until the whole iteration has to end; `ceiling`: what it may take however large the slack; `must_progress`: do
+        the least possible even if it takes longer."""
         self.windows: list[TokenWindow] = []
         self.backward: list[BackwardSlice] = []
         self.optimizer_steps: list[FinetuneJob] = []
@@ -46,8 +46,9 @@ class SlackFill:
         self.predicted = latency.predict(inference)
         self._jobs = jobs
         self._latency = latency
-        self._budget = budget
+        self._slack = slack
         self._ceiling = ceiling
+        self._budget = min(slack, ceiling)
         self._window_rows_left = max_window_rows
         self._must_progress = must_progress
         self._cursors: dict[int, tuple[int, int]] = {}  # (layer, row) of sequences moved in this plan, by id
@@ -220,7 +221,8 @@ class SlackFill:
 
     def _step(self, state: JobState) -> None:
         step = PlanFeatures(optimizer_steps=1)
-        if self._latency.predict(self.features + step) <= self._budget or self._is_forced:
+        limit = self._slack if self.is_empty else self._budget  # a step is never cut: one beyond the ceiling comes alone
+        if self._latency.predict(self.features + step) <= limit or self._is_forced:
             self.optimizer_steps.append(state.job)
             self._count(step, state.job)
 

@@ -147,8 +147,7 @@ class HybridTokenScheduler:
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
         ceiling = self.latency.predict(features) + self.config.idle_slice if inference else slack
-        budget = min(slack, ceiling)
-        fill = SlackFill(self._jobs, self.latency, features, budget, ceiling, self.config.max_window_rows, must_progress=not inference)
+        fill = SlackFill(self._jobs, self.latency, features, slack, ceiling, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
         if turns:
             fill.give_turns(turns, share=0 if self._requests.page_blocked else max(1, self.config.max_sequences // len(turns)))
