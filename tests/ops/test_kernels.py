@@ -7,6 +7,8 @@ bf16 speaks of the kernel's own rounding: a single rounding to bf16 is 1.7e-3.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -315,3 +317,21 @@ def test_reference_cross_entropy() -> None:
     assert correct == int(((h @ weight.t()).argmax(-1) == labels).sum())
     assert got is not None
     assert error(got, dh) < 1e-12
+
+
+# -------------------------------------------------------------------------------------------------------------- process
+def test_generated_code_is_kept_for_many_numbers_of_rows() -> None:
+    """oneDNN by itself forgets the first of 1000 GEMMs."""
+    script = """
+import torch
+from flexllm.ops.cpu import CpuKernels
+kernels = CpuKernels()
+weight = kernels.pack_linear(torch.zeros(32, 32))
+for rows in range(1, 1001):
+    kernels.linear(torch.zeros(rows, 32), weight)
+with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+    kernels.linear(torch.zeros(1, 32), weight)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "create:cache_hit" in said
+    assert "cache_miss" not in said

@@ -6,6 +6,7 @@ oneDNN with prepacked weights for the GEMMs; native/, compiled on the machine, f
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,7 @@ LOGITS = 3 * 2**21  # at a time, in the model's type: 128 rows of a vocabulary o
 EXPAND_ROWS = 6  # up to here, expanding a quantized weight while it is used is faster than doing so first for a GEMM
 FEW_ROWS = 64  # up to here, what a call of oneDNN costs is more than a low-rank product itself
 SOFTMAX = 2**19  # of them at a time in fp32: these stay in cache
+CODE_CACHE = 4096  # entries in oneDNN's cache, two to a GEMM of so many rows, together some 0.8 MB
 
 
 @dataclass(eq=False)
@@ -41,6 +43,7 @@ class CpuKernels(ReferenceKernels):
     def __init__(self, pack_backward: bool = True) -> None:
         self.pack_backward = pack_backward
         _keep_freed_memory()
+        _keep_generated_code()
 
     # ------------------------------------------------------------------------------------------------------- linear
     def pack_linear(self, weight: Tensor | QuantizedWeight) -> LinearWeight:
@@ -173,6 +176,15 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 2**25)  # the most it accepts
         mallopt(m_trim_threshold, 2**30)
+
+
+def _keep_generated_code() -> None:
+    """Let oneDNN keep more than 1024 pieces of the code that it generates, for each GEMM and each number of rows.
+
+    Iterations have any number of rows, a training sequence needs 19 GEMMs of its length, each 1 to 2 ms to prepare: at 1024 what was
+    needed again had gone, which cost a server that co-serves a fifth of its finetuning (docs/log.md). Read at oneDNN's first GEMM.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CODE_CACHE))
 
 
 def _native(x: Tensor) -> bool:
