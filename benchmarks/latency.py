@@ -8,7 +8,8 @@ held_out   another seed, other lengths, bursts and jobs: the errors that are rep
 contended  the same, while a process of our own keeps one core busy
 alone      the same, once that process is gone
 
-Beside the errors stands the machine's own noise: the spread of identical plans, which no model can foretell.
+Beside the errors stand two bounds: the machine's own noise, the spread of identical plans, which no model can foretell, and
+`hindsight`, the errors of the same model fitted to the very iterations that it is asked about.
 """
 
 from __future__ import annotations
@@ -66,9 +67,13 @@ HELD_OUT = Mix(prompt=(16, 512), output=(8, 96), burst=(1, 6), gap=(10, 60), job
 
 class Sample(NamedTuple):
     part: str
-    kind: str
+    features: PlanFeatures
     predicted: float  # seconds
     measured: float
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.features)
 
     @property
     def error(self) -> float:
@@ -87,7 +92,7 @@ class Recorder:
 
     def _record(self, features: PlanFeatures, seconds: float) -> None:
         if not features.is_empty:
-            self.samples.append(Sample(self.part, kind_of(features), self._latency.predict(features), seconds))
+            self.samples.append(Sample(self.part, features, self._latency.predict(features), seconds))
         self._observe(features, seconds)
 
     def of(self, part: str) -> list[Sample]:
@@ -211,6 +216,13 @@ def measure(engine: Engine, seconds: dict[str, float], runs: int, seed: int, fol
     return recorder, noises
 
 
+def hindsight(samples: list[Sample]) -> list[float]:
+    """Errors of a model that was fitted to these samples: what its terms can tell apart, with nothing to learn or to follow."""
+    model = LatencyModel.default()
+    model.fit([(s.features, s.measured) for s in samples])
+    return [abs(s.measured / model.predict(s.features) - 1) for s in samples]
+
+
 def spread(errors: list[float]) -> dict[str, float]:
     return {"p50": percentile(errors, 0.5), "p95": percentile(errors, 0.95)}
 
@@ -218,7 +230,7 @@ def spread(errors: list[float]) -> dict[str, float]:
 def report(recorder: Recorder, noises: dict[str, list[float]]) -> dict[str, Any]:
     counted = recorder.of("held_out")
     fields: dict[str, Any] = {f"error_{k}": v for k, v in spread([s.error for s in counted]).items()}
-    for name, deviations in noises.items():
+    for name, deviations in {**noises, "hindsight": hindsight(counted)}.items():
         fields |= {f"{name}_{k}": v for k, v in spread(deviations).items()}
     bound = max(FOLLOWED, fields["error_p50"])
     fields["drift_iterations"] = {part: iterations_to_follow(recorder.of(part), bound) for part in ("contended", "alone")}
@@ -245,7 +257,7 @@ def main() -> None:
         recorder, noises = measure(engine, seconds, runs, args.seed, Path(scratch))
         engine.shutdown()
     fields = {**report(recorder, noises), "iterations": len(recorder.of("held_out"))}
-    finish("latency", args, fields, {"part_kind_predicted_measured": recorder.samples})
+    finish("latency", args, fields, {"part_kind_predicted_measured": [(s.part, s.kind, s.predicted, s.measured) for s in recorder.samples]})
 
 
 if __name__ == "__main__":

@@ -273,6 +273,7 @@ def latency(result: Result) -> Section:
     rows: list[list[str | Cell]] = [
         ["all", number(result.get("iterations")), percent(result["error_p50"]), percent(result["error_p95"])],
         *([kind, number(k["iterations"]), percent(k["p50"]), percent(k["p95"])] for kind, k in result.get("by_kind", {}).items()),
+        ["bound: fitted to these iterations", "", percent(result.get("hindsight_p50")), percent(result.get("hindsight_p95"))],
         ["bound: one plan, repeated", "", percent(result.get("noise_p50")), percent(result.get("noise_p95"))],
     ]
     picture = Picture("latency", "Predicted against measured times of iterations; on the line they are equal.", plots.latency(result))
