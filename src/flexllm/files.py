@@ -5,11 +5,16 @@ Everything is written beside its destination, synced, and moved there by rename;
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class StorageError(OSError):
@@ -60,15 +65,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """As safetensors.torch.save_file, but other threads of the process go on meanwhile: the library holds the interpreter's lock for
+    the whole file, and an engine that serves would stand still for as long (70 of 115 ms of a 55 MB file). Read it with the library."""
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end, parts = 0, []
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # each offset a multiple of its size
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + data.numel()]}
+        end += data.numel()
+        parts.append(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in parts:
+            file.write(data.numpy())
+
+
 @contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
-    from safetensors import SafetensorError  # it reports a full disk in a class of its own
-
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(getattr(error, "errno", None), f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from flexllm.files import StorageError, atomic_folder
+from flexllm.files import StorageError, atomic_folder, write_safetensors
 from flexllm.finetune.checkpoint import BackgroundWriter, load_resume, save_resume
 
 KILLED = 9
@@ -124,6 +128,40 @@ def test_a_full_disk_is_reported_and_leaves_the_old_state_alone(tmp_path: Path) 
         save_resume(tmp_path, {"big": torch.zeros(10_000)}, {})
     assert loaded_version(tmp_path) == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- tensors
+def test_tensors_are_read_back_by_the_library(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = {f"{t}".removeprefix("torch."): torch.randn(3, 5, generator=random).to(t) for t in (torch.bfloat16, torch.float16)}
+    tensors |= {"transposed": torch.randn(40, 7, generator=random).t(), "double": torch.randn(1, dtype=torch.float64, generator=random)}
+    tensors |= {"scalar": torch.tensor(7), "nothing": torch.zeros(0, 3), "large": torch.randn(300, 300, generator=random)}
+    path = tmp_path / "some.safetensors"
+    write_safetensors(path, tensors, {"meta": "é"})
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(read[n].dtype == t.dtype and torch.equal(read[n], t) for n, t in tensors.items())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"meta": "é"}
+
+
+def test_other_threads_run_while_tensors_are_written(tmp_path: Path) -> None:
+    """A pipe takes no more than another thread of the process reads: who holds the interpreter's lock waits for ever."""
+    script = """
+import os, sys, threading, torch
+from pathlib import Path
+from flexllm.files import write_safetensors
+pipe = Path(sys.argv[1])
+os.mkfifo(pipe)
+read = []
+reader = threading.Thread(target=lambda: read.append(len(pipe.read_bytes())))
+reader.start()
+write_safetensors(pipe, {"large": torch.zeros(2**20)}, {})
+reader.join()
+print(read[0])
+"""
+    said = subprocess.run([sys.executable, "-c", script, tmp_path / "pipe"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert int(said) > 4 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------------- folders

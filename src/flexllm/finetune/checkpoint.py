@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flexllm.files import atomic_file
+from flexllm.files import atomic_file, write_safetensors
 
 _STATE_FILE = "state.safetensors"
 
@@ -25,7 +24,7 @@ def save_resume(folder: str | Path, tensors: Mapping[str, Tensor], meta: Mapping
     replaces both: whenever the process dies, the folder has the previous state or this one. StorageError when the disk refuses.
     """
     with atomic_file(Path(folder) / _STATE_FILE) as part:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"meta": json.dumps(meta)})
+        write_safetensors(part, tensors, {"meta": json.dumps(meta)})
 
 
 def load_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

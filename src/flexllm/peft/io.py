@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flexllm.files import atomic_folder
+from flexllm.files import atomic_folder, write_safetensors
 from flexllm.model.config import ModelConfig
 from flexllm.model.layer import site_shapes
 from flexllm.peft import methods as methods  # makes them known
@@ -82,7 +81,7 @@ def save_adapter(folder: str | Path, adapter: AdapterFile, model: ModelConfig) -
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model, "inference_mode": True}
     with atomic_folder(Path(folder)) as part:
         (part / CONFIG_FILE).write_text(json.dumps(settings | common, indent=2) + "\n", encoding="utf-8")
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_safetensors(part / WEIGHTS_FILE, tensors, {"format": "pt"})
 
 
 def _method(settings: Mapping[str, Any], path: Path) -> PeftMethod:
