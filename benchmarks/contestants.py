@@ -21,7 +21,7 @@ from jobs import start_job
 from processes import Peer, Server, awake
 from workloads import Load, random_prompts
 
-SETTLE = 0.8  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
+SETTLE = 0.6  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
 PROBES = 3
 ROW_PROBE = 512  # tokens of a prompt that says what a row costs; one iteration computes them
 PATIENCE = 20.0  # seconds after the arrivals, for answers
