@@ -1,13 +1,15 @@
 """How far the simulator is from measurements: the requests of every cell of coserve.py's grid, once more on the virtual clock.
 
-Iterations take what the engine's profile says, taken here and now, times two factors, medians over the cells: one makes the simulated
-TPOT without finetuning the measured one (the machine's drift, the server and the client), the other, on what only finetuning does,
-the speed of the job alone. Co-serving, the two together, is then predicted, not fitted.
+Iterations take what the engine's profile says, taken here and now, times two factors: one makes the simulated TPOT without finetuning the
+measured one (the machine's drift, the server and the client), the other, on what only finetuning does, the speed of the job alone.
+They are medians over the loads of a trace, which were measured within ten minutes: between traces the machine's speed changes.
+Co-serving, the two together, is then predicted, not fitted.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -106,6 +108,10 @@ class Cell:
         self._rounds = {name: [s for s in here if s["contestant"] == name and s["requests"]] for name in CONTESTANTS}
 
     @property
+    def trace(self) -> str:
+        return str(self._cell["trace"])
+
+    @property
     def contestants(self) -> list[str]:
         """Those that answered requests."""
         return [name for name, rounds in self._rounds.items() if rounds]
@@ -162,8 +168,12 @@ def bisected(enough: Callable[[float], bool]) -> float:
 def validate(measured: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
     """Simulated beside measured, for each contestant in each cell of a result of coserve.py."""
     cells = [cell for each in measured["cells"] if FITTED in (cell := Cell(each, measured, model)).contestants]
-    factors = Factors(*map(statistics.median, zip(*(cell.fit() for cell in cells), strict=True)))
-    return [cell.compare(contestant, factors) for cell in cells for contestant in cell.contestants]
+    found = []
+    for _, together in itertools.groupby(cells, lambda cell: cell.trace):
+        of_trace = list(together)
+        factors = Factors(*map(statistics.median, zip(*(cell.fit() for cell in of_trace), strict=True)))
+        found += [cell.compare(contestant, factors) for cell in of_trace for contestant in cell.contestants]
+    return found
 
 
 def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -236,7 +246,7 @@ def main() -> None:
         "assumptions": {
             "noise": args.noise,
             "warmup_s": WARMUP,
-            "fitted": "two factors, medians over the cells: on TPOT without finetuning, and on finetuning without requests",
+            "fitted": "by trace, two factors, medians over the loads: on TPOT without finetuning, and on finetuning without requests",
         },
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }
