@@ -83,7 +83,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for data in parts:
-            file.write(data.numpy())
+            file.write(data.numpy().data)
 
 
 @contextmanager
