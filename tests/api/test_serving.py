@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
+from prometheus_client import generate_latest
 
+from flexllm.config import SchedulerConfig
+from flexllm.server.metrics import Metrics
 from tests.api.conftest import CHAT, MODEL, Server, eventually
 from tests.api.fake_engine import REPLY
 
@@ -176,10 +180,22 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
     assert messages["count"] > answer["count"]
 
 
+def test_rates_rise_from_zero() -> None:
+    text = generate_latest(Metrics(SchedulerConfig(), MODEL).registry).decode()
+    for kind in ("inference", "finetune", "mixed"):
+        assert f'flexllm:step_seconds_count{{kind="{kind}"}} 0.0' in text
+    for reason in ("stop", "length", "abort"):
+        assert f'vllm:request_success_total{{finished_reason="{reason}",model_name="{MODEL}"}} 0.0' in text
+
+
 def test_metrics_have_the_names_gateways_expect(client: OpenAI, http: httpx.Client) -> None:
     chat(client)
-    eventually(lambda: "request_queue_time_seconds_count{" in http.get("/metrics").text)
-    text = http.get("/metrics").text
+
+    def reported() -> str | None:  # the engine tells what it did every so often
+        text = http.get("/metrics").text
+        return text if re.search(r'flexllm:step_seconds_count{kind="inference"} [1-9]', text) else None
+
+    text = eventually(reported)
     for name in (
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",

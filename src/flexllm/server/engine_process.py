@@ -207,7 +207,7 @@ class EngineLoop:
 
 
 def step_kind(stats: dict[str, Any]) -> str:
-    """`inference`, `finetune` or `mixed`: what the last iteration was made of; empty if it had nothing to do."""
+    """What the last iteration was made of (`protocol.STEP_KINDS`); empty if it had nothing to do."""
     rows = stats.get("step", {})
     inference = rows.get("decode", 0) + rows.get("prefill", 0) > 0
     finetune = rows.get("window", 0) + rows.get("backward", 0) > 0

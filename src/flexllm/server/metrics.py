@@ -14,9 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from flexllm.config import SchedulerConfig
-from flexllm.core import JobEvent
+from flexllm.core import FinishReason, JobEvent
 from flexllm.server.choices import Choice
-from flexllm.server.protocol import Stats
+from flexllm.server.protocol import STEP_KINDS, Stats
 from flexllm.server.store import JobRecord
 
 WINDOW_SECONDS = 60.0
@@ -74,6 +74,11 @@ class Metrics:
         self._step_seconds = Histogram(
             "flexllm:step_seconds", "Iterations by what they held.", ("kind",), registry=self.registry, buckets=LATENCY_BUCKETS
         )
+        # From the first scrape on: what counts only from its first event, a rate cannot see rise.
+        for kind in STEP_KINDS:
+            self._step_seconds.labels(kind)
+        for reason in FinishReason:
+            self._success.labels(model_name, reason.value)
         self._loss = Gauge("flexllm:finetune_loss", "Training loss of a job's latest step.", ("job",), registry=self.registry)
         self.model_name = model_name
         self.registry.register(_Derived(self))

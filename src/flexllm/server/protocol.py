@@ -113,6 +113,9 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     events: tuple[JobEvent, ...]
 
 
+STEP_KINDS = ("inference", "finetune", "mixed")  # of an iteration, by what it was made of
+
+
 class Stats(msgspec.Struct, tag=True, frozen=True):
     """`engine` is `Engine.stats()`. The rest is what happened since the last Stats message: the (kind, seconds) of every
     iteration, and how long each request that was first run had waited.
