@@ -15,6 +15,7 @@ from flexllm.peft.config import LoraConfig, PeftConfig
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
 PATIENCE = 0.1  # of the tightest TTFT objective
+RESERVE, SHORT_TTFT = 2.0, 5.0  # in TPOT objectives, see SchedulerConfig.reserve
 MODES = ("coserve", "temporal", "inference", "finetune")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -113,7 +114,19 @@ class SchedulerConfig:
     @property
     def patience(self) -> float:
         """Seconds that a newcomer waits for windows under way; those that would take longer are dropped, and their work with them."""
-        return PATIENCE * min(slo.ttft for slo in (self.slo, *self.class_slos.values()))
+        return PATIENCE * self._most_urgent.ttft
+
+    @property
+    def reserve(self) -> float:
+        """Seconds by which running requests are to be ahead before finetuning gets any time. A newcomer's prompt is computed beside the
+        tokens that fall due until its TTFT is up. Where those are few, it needs time in which none is due; where they are many
+        it can be spread among them."""
+        slo = self._most_urgent
+        return RESERVE * slo.tpot * min(1.0, SHORT_TTFT * slo.tpot / slo.ttft)
+
+    @property
+    def _most_urgent(self) -> SLO:
+        return min((self.slo, *self.class_slos.values()), key=lambda slo: slo.ttft)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_an_optimizer_step_beyond_idle_slice_takes_the_slack():
 
 def test_an_iteration_with_room_for_five_rows_has_five():
     latency = simple_model(t0=0.01, row=1e-6, backward_rows=1e-3)
-    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.0055)
+    engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=1e9, tpot=1e6), idle_slice=0.0055)
     engine.scheduler.add_job(make_job("j", [100], group_size=1))
     engine.add_request(make_request("r", prompt=4, output=60))
     rows = [engine.step().backward_rows for _ in range(8)]

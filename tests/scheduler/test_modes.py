@@ -8,7 +8,7 @@ from tests.scheduler.fake import FakeEngine, make_job, make_request
 
 
 def loaded(**settings: Any) -> FakeEngine:
-    engine = FakeEngine(**{"num_blocks": 200, "slo": SLO(ttft=100, tpot=10), **settings})
+    engine = FakeEngine(**{"num_blocks": 200, "slo": SLO(ttft=1000, tpot=10), **settings})
     engine.scheduler.add_job(make_job("j", [40] * 4))
     engine.add_request(make_request("r", output=30))
     return engine
@@ -84,7 +84,7 @@ def test_a_running_request_is_due_by_the_new_objectives_at_its_next_token():
         engine.step()
     engine.reconfigure(slo=SLO(ttft=10, tpot=2.0))
     now = engine.now
-    assert engine.step().slack == pytest.approx((request.first_token_time + 3 * PACE * 2.0 - now) / 1.1)
+    assert engine.step().slack == pytest.approx((request.first_token_time + 3 * PACE * 2.0 - engine.config.reserve - now) / 1.1)
     engine.reconfigure(slo=SLO(ttft=10, tpot=1e-6))
     assert engine.step().slack == 0.0, "late by the new objectives"
 

@@ -235,14 +235,15 @@ def test_what_cannot_be_served_is_refused():
         engine.add_request(make_request("s"))
 
 
-def test_slack_is_the_earliest_deadline():
-    engine = FakeEngine(slo=SLO(ttft=10, tpot=0.5))
+@pytest.mark.parametrize(("ttft", "reserve"), [(10, 0.25), (2.5, 1.0), (0.1, 1.0)])
+def test_slack_is_the_earliest_deadline_less_the_reserve(ttft: float, reserve: float):
+    engine = FakeEngine(slo=SLO(ttft=ttft, tpot=0.5))
     request = make_request("r", output=20)
     engine.add_request(request)
     assert engine.step().slack == 0.0  # the prompt
     for _ in range(3):
         now, tokens = engine.now, len(request.output_ids)
-        assert engine.step().slack == pytest.approx((request.first_token_time + tokens * PACE * 0.5 - now) / 1.1)
+        assert engine.step().slack == pytest.approx(max(0.0, request.first_token_time + tokens * PACE * 0.5 - reserve - now) / 1.1)
     engine.now += 100.0
     assert engine.step().slack == 0.0
     engine.add_request(make_request("late", arrival=engine.now - 20))
@@ -250,7 +251,7 @@ def test_slack_is_the_earliest_deadline():
 
 
 def test_no_slack_before_the_last_prompt_is_computed():
-    engine = FakeEngine(max_batch_tokens=16, slo=SLO(ttft=1000, tpot=1000))
+    engine = FakeEngine(max_batch_tokens=16, slo=SLO(ttft=1e6, tpot=1000))
     for i in range(3):
         engine.add_request(make_request(f"r{i}", prompt=12, output=20))
     slacks = [engine.step().slack for _ in range(5)]

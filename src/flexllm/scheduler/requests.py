@@ -195,12 +195,12 @@ class RequestQueues:
         )
 
     def slack(self, now: float) -> float:
-        """Seconds until the earliest token is due, and none while a prompt is computed or waits: whatever slows down the
+        """Seconds until the earliest token is due, less the reserve, and none while a prompt is computed or waits: whatever slows down the
         requests before it makes it late, and finetuning beside its rows, which fill the GEMMs, gains nothing. At least 0; inf without
         requests."""
         if len(self._deadlines) < len(self._requests):
             return 0.0
-        return max(0.0, min(self._deadlines.values(), default=math.inf) - now)
+        return max(0.0, min(self._deadlines.values(), default=math.inf) - self._config.reserve - now)
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
