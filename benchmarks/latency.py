@@ -8,19 +8,21 @@ held_out   another seed, other lengths, bursts and jobs: the errors that are rep
 contended  the same, while a process of our own keeps one core busy
 alone      the same, once that process is gone
 
-Beside the errors stand two bounds: the machine's own noise, the spread of identical plans, which no model can foretell, and
-`hindsight`, the errors of the same model fitted to the very iterations that it is asked about.
+Beside the errors stand two bounds: the machine's own noise, taken in between, the errors of one who foretells a plan by how long
+the very same took the last five times; and `hindsight`, the errors of the same model fitted to the very iterations that it is asked about.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ SCHEDULER = SchedulerConfig(slo=SLO(ttft=5.0, tpot=0.5), idle_slice=0.1)
 SECONDS = {"learn": 45.0, "held_out": 50.0, "contended": 25.0, "alone": 25.0}
 QUICK_SECONDS = {"learn": 6.0, "held_out": 8.0, "contended": 5.0, "alone": 5.0}
 REPORT_EVERY = 10.0  # seconds
-NOISE_RUNS, QUICK_NOISE_RUNS = 30, 10
+PROBE_EVERY = 4  # iterations
 # A change is followed when the median error of so many iterations is no more than this, or than the held-out part's median.
 FOLLOWED, WINDOW = 0.10, 10
 EXAMPLES = 64  # of each job
@@ -114,8 +116,8 @@ def kind_of(features: PlanFeatures) -> str:
 class Load:
     """Bursts of requests and some jobs; between the bursts the engine has nothing but the jobs to do."""
 
-    def __init__(self, engine: Engine, mix: Mix, seed: int, folder: Path) -> None:
-        self._engine, self._mix, self._rng = engine, mix, random.Random(seed)
+    def __init__(self, engine: Engine, probes: Probes, mix: Mix, seed: int, folder: Path) -> None:
+        self._engine, self._probes, self._mix, self._rng = engine, probes, mix, random.Random(seed)
         self._name, self._count, self._next_burst = f"load{seed}", 0, 0
         self._jobs = [self._add_job(f"{self._name}-{i}", *job, folder) for i, job in enumerate(mix.jobs)]
 
@@ -129,6 +131,8 @@ class Load:
             self._next_burst -= 1
             self._engine.step()
             iterations += 1
+            if iterations % PROBE_EVERY == 0:
+                self._probes.run(part)
             if now - reported >= REPORT_EVERY:
                 reported = now
                 log(f"{part}: {now - began:.0f} of {seconds:.0f} s, {iterations} iterations")
@@ -167,27 +171,38 @@ def busy_core() -> Iterator[None]:
         process.wait()
 
 
-def noise(engine: Engine, runs: int) -> list[float]:
-    """Relative deviations of identical plans' times from their median: a decode batch and a prefill. Needs an engine that holds no
-    request."""
-    length = 128
-    pages = -(-length // engine.config.cache.block_size)
+class Probes:
+    """Two plans, a decode batch and a prefill, that are repeated between the iterations, with pages of their own: what the machine's own
+    restlessness makes of one and the same work at the time when the model is judged."""
 
-    def request(i: int) -> Request:
-        return Request(f"noise{i}", [1] * length, SamplingParams(temperature=0.0), 0.0, blocks=list(range(i * pages, (i + 1) * pages)))
+    LENGTH, DECODES = 128, 8
+    REMEMBERED = 5
 
-    decode = StepPlan(inference=tuple(InferenceChunk(request(i), length - 1, length, True) for i in range(8)))
-    prefill = StepPlan(inference=(InferenceChunk(request(0), 0, length, True),))
-    deviations = []
-    for plan in (decode, prefill):
-        seconds = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            with torch.no_grad():
-                engine.execute(plan)
-            seconds.append(time.perf_counter() - start)
-        deviations += [abs(s / statistics.median(seconds) - 1) for s in seconds]
-    return deviations
+    def __init__(self, engine: Engine) -> None:
+        pages = -(-self.LENGTH // engine.config.cache.block_size)
+
+        def request(i: int) -> Request:
+            return Request(f"probe{i}", [1] * self.LENGTH, SamplingParams(temperature=0.0), 0.0, blocks=engine.blocks.allocate(pages))
+
+        last, whole = (self.LENGTH - 1, self.LENGTH), (0, self.LENGTH)
+        decodes = tuple(InferenceChunk(request(i), *last, True) for i in range(self.DECODES))
+        plans = StepPlan(inference=decodes), StepPlan(inference=(InferenceChunk(request(self.DECODES), *whole, True),))
+        self.deviations: list[tuple[str, float]] = []  # (part, error of the median of the last times as a prediction)
+        self._engine = engine
+        self._turns = itertools.cycle([(plan, deque[float](maxlen=self.REMEMBERED)) for plan in plans])
+
+    def run(self, part: str) -> None:
+        plan, before = next(self._turns)
+        start = time.perf_counter()
+        with torch.no_grad():
+            self._engine.execute(plan)
+        seconds = time.perf_counter() - start
+        if before:
+            self.deviations.append((part, abs(seconds / statistics.median(before) - 1)))
+        before.append(seconds)
+
+    def of(self, part: str) -> list[float]:
+        return [deviation for p, deviation in self.deviations if p == part]
 
 
 def iterations_to_follow(samples: list[Sample], bound: float) -> int | None:
@@ -198,22 +213,19 @@ def iterations_to_follow(samples: list[Sample], bound: float) -> int | None:
     return next((end for end in ends if statistics.median(errors[end - WINDOW : end]) <= bound), None)
 
 
-def measure(engine: Engine, seconds: dict[str, float], runs: int, seed: int, folder: Path) -> tuple[Recorder, dict[str, list[float]]]:
-    noises = {"noise": noise(engine, runs)}
-    with busy_core():
-        noises["noise_contended"] = noise(engine, runs)
-    recorder = Recorder(engine.latency)
-    learn = Load(engine, LEARN, seed, folder)
+def measure(engine: Engine, seconds: dict[str, float], seed: int, folder: Path) -> tuple[Recorder, Probes]:
+    recorder, probes = Recorder(engine.latency), Probes(engine)
+    learn = Load(engine, probes, LEARN, seed, folder)
     recorder.part = "learn"
     learn.run(seconds["learn"], "learn")
     learn.stop_jobs()
-    held_out = Load(engine, HELD_OUT, seed + 1, folder)
+    held_out = Load(engine, probes, HELD_OUT, seed + 1, folder)
     for part in ("held_out", "contended", "alone"):
         recorder.part = part
         with busy_core() if part == "contended" else contextlib.nullcontext():
             held_out.run(seconds[part], part)
     held_out.stop_jobs()
-    return recorder, noises
+    return recorder, probes
 
 
 def hindsight(samples: list[Sample]) -> list[float]:
@@ -227,11 +239,12 @@ def spread(errors: list[float]) -> dict[str, float]:
     return {"p50": percentile(errors, 0.5), "p95": percentile(errors, 0.95)}
 
 
-def report(recorder: Recorder, noises: dict[str, list[float]]) -> dict[str, Any]:
+def report(recorder: Recorder, probes: Probes) -> dict[str, Any]:
     counted = recorder.of("held_out")
+    bounds = {"noise": probes.of("held_out"), "noise_contended": probes.of("contended"), "hindsight": hindsight(counted)}
     fields: dict[str, Any] = {f"error_{k}": v for k, v in spread([s.error for s in counted]).items()}
-    for name, deviations in {**noises, "hindsight": hindsight(counted)}.items():
-        fields |= {f"{name}_{k}": v for k, v in spread(deviations).items()}
+    for name, errors in bounds.items():
+        fields |= {f"{name}_{k}": v for k, v in spread(errors).items()}
     bound = max(FOLLOWED, fields["error_p50"])
     fields["drift_iterations"] = {part: iterations_to_follow(recorder.of(part), bound) for part in ("contended", "alone")}
     fields["by_part"] = {
@@ -253,10 +266,9 @@ def main() -> None:
             model=str(resolve_model(args.model)), device="cpu", threads=args.threads, scheduler=SCHEDULER, state_dir=Path(scratch)
         )
         engine = Engine(config, lambda what, share: log(f"{what}: {share:.0%}"))
-        seconds, runs = (QUICK_SECONDS, QUICK_NOISE_RUNS) if args.quick else (SECONDS, NOISE_RUNS)
-        recorder, noises = measure(engine, seconds, runs, args.seed, Path(scratch))
+        recorder, probes = measure(engine, QUICK_SECONDS if args.quick else SECONDS, args.seed, Path(scratch))
         engine.shutdown()
-    fields = {**report(recorder, noises), "iterations": len(recorder.of("held_out"))}
+    fields = {**report(recorder, probes), "iterations": len(recorder.of("held_out"))}
     finish("latency", args, fields, {"part_kind_predicted_measured": [(s.part, s.kind, s.predicted, s.measured) for s in recorder.samples]})
 
 
