@@ -1,8 +1,8 @@
 """How far the simulator is from measurements: the requests of every cell of coserve.py's grid, once more on the virtual clock.
 
-Iterations take what the engine's profile says, taken here and now, times two factors: one makes the simulated TPOT without finetuning the
-measured one (the machine's drift, the server and the client), the other, on what only finetuning does, the speed of the job alone.
-They are medians over the loads of a trace, which were measured within ten minutes: between traces the machine's speed changes.
+Iterations take what the engine's profile says, taken here and now, times two factors: one keeps the simulated engine busy for as long as
+the measured one was with the requests alone, the other, on what only finetuning does, gives the speed of the job alone.
+There is a pair for each trace, from all its loads, which were measured within ten minutes: between traces the machine's speed changes.
 Co-serving, the two together, is then predicted, not fitted.
 """
 
@@ -41,10 +41,10 @@ CONTESTANTS = {  # and the SLO each is told and judged by
 # Terms of the latency model that only finetuning has.
 FINETUNING = ("label_rows", "windows", "backward_rows", "backward_pairs", "backward_slices", "optimizer_steps")
 TEXTS, TEXT_WORDS = 200, 110  # of the job that coserve.py trains
-NOISE = 0.1  # sigma of the log of an iteration's time: half of latency.py's errors are below 5 to 7 %
+NOISE = 0.1  # sigma of the log of an iteration's time: half of the errors are below 7 %, as latency.py's in quiet minutes
 WARMUP = 2.0  # seconds that the job has run when requests begin to come
 WIDEST, PRECISION = 16.0, 1.005  # of the fitted factors
-FITTED = "inference-loose"
+FITTED = ("inference-loose", "inference-strict")
 DEDICATED = 60.0  # seconds of the job alone
 NUM_BLOCKS = 2048  # pages: memory is no limit there
 DAY = 86400.0  # seconds
@@ -118,17 +118,26 @@ class Cell:
 
     def simulate(self, contestant: str, factors: Factors) -> dict[str, float]:
         """Finetuning is counted over the time in which it was measured."""
-        slo = self._slos[CONTESTANTS[contestant]]
-        rounds = self._rounds[contestant]
-        return figures([self._model.run(contestant, slo, arrivals(s["requests"]), s["elapsed"], factors) for s in rounds], slo)
+        return figures(self._play(contestant, factors), self._slos[CONTESTANTS[contestant]])
 
-    def fit(self) -> Factors:
-        """The first factor gives inference alone its measured median TPOT, the second the job alone its measured speed."""
-        contestants = self._cell["contestants"]
-        slow = contestants[FITTED]["p50_tpot_ms"]
-        iteration = bisected(lambda f: self.simulate(FITTED, Factors(f))["p50_tpot_ms"] >= slow)
-        fast = contestants["finetune"]["finetune_tok_s"] if "finetune" in contestants else 0.0
-        return Factors(iteration, bisected(lambda f: self.dedicated(Factors(iteration, f)) <= fast) if fast else 1.0)
+    def _play(self, contestant: str, factors: Factors) -> list[SimulationResult]:
+        slo = self._slos[CONTESTANTS[contestant]]
+        return [self._model.run(contestant, slo, arrivals(s["requests"]), s["elapsed"], factors) for s in self._rounds[contestant]]
+
+    def busy(self, factors: Factors) -> float:
+        """Seconds that the simulated engine computes for the requests alone."""
+        played = (result for name in FITTED for result in self._play(name, factors))
+        return sum(result.seconds * (1 - result.shares["idle"]) for result in played)
+
+    @property
+    def measured_busy(self) -> float:
+        return sum(s["busy_seconds"] for name in FITTED for s in self._rounds[name])
+
+    @property
+    def measured_alone(self) -> float | None:
+        """Tokens per second of the job alone."""
+        alone = self._cell["contestants"].get("finetune")
+        return alone and alone["finetune_tok_s"]
 
     def compare(self, contestant: str, factors: Factors) -> dict[str, Any]:
         """One of the result's `workloads`."""
@@ -154,7 +163,7 @@ class Cell:
 
 
 def bisected(enough: Callable[[float], bool]) -> float:
-    """The smallest factor that is enough, if all larger ones are: TPOT under load and the speed of whole groups are far from linear."""
+    """The smallest factor that is enough, if all larger ones are: busy time and the speed of whole groups are far from linear."""
     low, high = 1 / WIDEST, WIDEST
     while high / low > PRECISION:
         middle = math.sqrt(low * high)
@@ -165,13 +174,24 @@ def bisected(enough: Callable[[float], bool]) -> float:
     return math.sqrt(low * high)
 
 
+def fit(cells: Sequence[Cell]) -> Factors:
+    """Of a trace's cells together: the first factor makes requests alone as busy as they were, the second the job alone as fast."""
+    busy = sum(cell.measured_busy for cell in cells)
+    iteration = bisected(lambda f: sum(cell.busy(Factors(f)) for cell in cells) >= busy)
+    speeds = [speed for cell in cells if (speed := cell.measured_alone)]
+    if not speeds:
+        return Factors(iteration)
+    fast = statistics.fmean(speeds)
+    return Factors(iteration, bisected(lambda f: cells[0].dedicated(Factors(iteration, f)) <= fast))
+
+
 def validate(measured: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
     """Simulated beside measured, for each contestant in each cell of a result of coserve.py."""
-    cells = [cell for each in measured["cells"] if FITTED in (cell := Cell(each, measured, model)).contestants]
+    cells = [cell for each in measured["cells"] if set(FITTED) <= set((cell := Cell(each, measured, model)).contestants)]
     found = []
     for _, together in itertools.groupby(cells, lambda cell: cell.trace):
         of_trace = list(together)
-        factors = Factors(*map(statistics.median, zip(*(cell.fit() for cell in of_trace), strict=True)))
+        factors = fit(of_trace)
         found += [cell.compare(contestant, factors) for cell in of_trace for contestant in cell.contestants]
     return found
 
@@ -246,7 +266,7 @@ def main() -> None:
         "assumptions": {
             "noise": args.noise,
             "warmup_s": WARMUP,
-            "fitted": "by trace, two factors, medians over the loads: on TPOT without finetuning, and on finetuning without requests",
+            "fitted": "by trace, two factors over all loads: on the busy time without finetuning, and on finetuning without requests",
         },
         "measured_at": {"commit": measured["commit"], "date": measured["date"]},
     }

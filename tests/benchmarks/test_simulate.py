@@ -21,8 +21,9 @@ JOB = FinetuneJob("job", LENGTHS, LENGTHS, 1, epochs=1 << 20, num_layers=10, lev
 HERE = Model({"coefficients": COEFFICIENTS, "slopes": [5e-4] * SEGMENTS}, JOB, noise=0.1, seed=0)
 
 
-def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
-    """What coserve.py would have written on a machine that is SLOWER than its profile, and finetunes `tuning` times as fast."""
+def measured_on(model: Model, tuning: float = 1.0, delivery: float = 0.0) -> dict[str, Any]:
+    """What coserve.py would have written on a machine that is SLOWER than its profile, finetunes `tuning` times as fast, and whose
+    tokens are under way to the client for so many ms longer each time."""
     contestants: dict[str, Any] = {}
     samples = []
     for name, slo in CONTESTANTS.items():
@@ -34,14 +35,15 @@ def measured_on(model: Model, tuning: float = 1.0) -> dict[str, Any]:
                 {"due": r.arrival, "prompt_tokens": r.prompt_tokens, "output_tokens": r.output_tokens, "error": None}
                 for r in result.records
             ]
-            samples.append(
-                {"trace": "made-up", "load": "mid", "contestant": name, "round": turn, "elapsed": SECONDS, "requests": requests[::-1]}
-            )
+            busy = SECONDS * (1 - result.shares["idle"])
+            who = {"trace": "made-up", "load": "mid", "contestant": name, "round": turn}
+            samples.append({**who, "elapsed": SECONDS, "busy_seconds": busy, "requests": requests[::-1]})
             results.append(result)
         found = figures(results, SLOS[slo])
         contestants[name] = {
             **found,
             "finetune_tok_s": tuning * found["finetune_tok_s"],
+            "p50_tpot_ms": found["p50_tpot_ms"] + delivery,
             "attainment": dict.fromkeys(SLOS, found["attainment"]),
         }
     contestants["finetune"] = {"finetune_tok_s": model.run("coserve-loose", SLOS["loose"], [], 60.0, SLOWER).finetune_rate}
@@ -70,6 +72,11 @@ def test_finetuning_is_predicted_and_not_fitted():
     workloads = validate(measured_on(HERE, tuning=0.5), HERE)
     tuned = by_trace(workloads)["made-up"]["finetune_tok_s"]
     assert tuned["ratio"] == tuned["simulated"] / tuned["measured"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_what_the_client_adds_is_no_work_of_the_engine():
+    slow_client = validate(measured_on(HERE, delivery=10.0), HERE)
+    assert slow_client[0]["factors"] == pytest.approx(SLOWER._asdict(), rel=0.05)
 
 
 def test_requests_are_rebuilt_in_order_and_a_failed_one_counts_as_a_token():
