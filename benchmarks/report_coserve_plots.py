@@ -57,8 +57,7 @@ def finetuning(cells: Sequence[Result]) -> bytes:
         for name in ("finetune", "coserve-loose", "coserve-mid", "coserve-strict", *TEMPORAL, "split", "contending"):
             _by_load(a, found, name, [c["contestants"].get(name, {}).get("finetune_tok_s") for c in found])
         title(a, f"{trace}: finetuning beside requests")
-        a.set_ylim(0, None)
-    axes[0][0].set_ylabel("finetuning, tokens/s")
+    axes[0][0].set(ylabel="finetuning, tokens/s", ylim=(0, None))  # when all of them have been drawn: it ends the scaling
     legend_above(figure, list(axes.flat), 4)
     return png(figure)
 

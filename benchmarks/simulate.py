@@ -38,6 +38,7 @@ CONTESTANTS = {  # and the SLO each is told and judged by
     "coserve-loose": "loose",
     "coserve-strict": "strict",
 }
+COSERVING = "coserve-"
 # Terms of the latency model that only finetuning has.
 FINETUNING = ("label_rows", "windows", "backward_rows", "backward_pairs", "backward_slices", "optimizer_steps")
 TEXTS, TEXT_WORDS = 200, 110  # of the job that coserve.py trains
@@ -142,6 +143,8 @@ class Cell:
     def compare(self, contestant: str, factors: Factors) -> dict[str, Any]:
         """One of the result's `workloads`."""
         simulated, slo = self.simulate(contestant, factors), CONTESTANTS[contestant]
+        if not contestant.startswith(COSERVING):  # an iteration under way when its phase began is no finetuning of its own
+            del simulated["finetune_tok_s"]
         known = self._cell["contestants"][contestant]
         measured = {name: known["attainment"][slo] if name == "attainment" else known[name] for name in simulated}
         log(
@@ -200,7 +203,7 @@ def by_trace(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Co-serving, the mean over a trace's loads and objectives."""
     found: dict[str, Any] = {}
     for trace in dict.fromkeys(w["trace"] for w in workloads):
-        cells = [w for w in workloads if w["trace"] == trace and w["contestant"].startswith("coserve-")]
+        cells = [w for w in workloads if w["trace"] == trace and w["contestant"].startswith(COSERVING)]
         means = {
             figure: {side: statistics.fmean(w[side][figure] for w in cells) for side in ("simulated", "measured")}
             for figure in ("attainment", "finetune_tok_s")
@@ -255,7 +258,8 @@ def main() -> None:
     job = FinetuneJob("job", lengths, lengths, 1, epochs=1 << 20, num_layers=layers, levels=(SaveLevel("recompute", 1),))
     workloads = validate(measured, Model(profile, job, args.noise, args.seed))
     traces = by_trace(workloads)
-    cells = [ratio(*(w[side]["finetune_tok_s"] for side in ("simulated", "measured"))) for w in workloads]
+    coserving = [w for w in workloads if w["contestant"].startswith(COSERVING)]
+    cells = [ratio(*(w[side]["finetune_tok_s"] for side in ("simulated", "measured"))) for w in coserving]
     fields = {
         "workloads": workloads,
         "by_trace": traces,

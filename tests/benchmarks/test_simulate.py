@@ -62,9 +62,10 @@ def test_a_machine_like_the_simulated_one_is_predicted():
         simulated, measured = workload["simulated"], workload["measured"]
         assert simulated.keys() == measured.keys()
         assert simulated["attainment"] == pytest.approx(measured["attainment"], abs=0.1)
-        assert simulated["finetune_tok_s"] == pytest.approx(measured["finetune_tok_s"], rel=0.15)
-    alone, _, loose, strict = (w["simulated"]["finetune_tok_s"] for w in workloads)
-    assert alone == 0
+        if "finetune_tok_s" in measured:
+            assert simulated["finetune_tok_s"] == pytest.approx(measured["finetune_tok_s"], rel=0.15)
+    alone, _, loose, strict = (w["simulated"].get("finetune_tok_s") for w in workloads)
+    assert alone is None
     assert loose > strict > 0
 
 
