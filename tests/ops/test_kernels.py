@@ -243,7 +243,7 @@ def test_threads_share_the_rows_of_a_kernel() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- loss
 @DTYPES
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 11), (70, 500), (300, 1000), (20, 70_000)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 11), (70, 500), (300, 1000), (20, 151_936)])
 @pytest.mark.parametrize("backward", [True, False])
 def test_cross_entropy_head(dtype: torch.dtype, rows: int, vocabulary: int, backward: bool) -> None:
     h, weight = rand(rows, 24, dtype=dtype), rand(vocabulary, 24, dtype=dtype, seed=1)
