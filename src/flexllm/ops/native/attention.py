@@ -9,14 +9,16 @@ from torch import Tensor
 from flexllm.ops.native.blocks import LANES, PANEL, ROWS, panels_of, product, rows_of
 from flexllm.ops.native.runtime import (
     Kernel,
+    arguments,
     as_float64,
-    bf16,
     down,
     exp,
     f32,
     i64,
     inline,
+    itemsize,
     next_task,
+    numbers,
     pointer,
     prefetch,
     softmax,
@@ -40,7 +42,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     scores = torch.empty(batch, heads, context)
     parts = kv_heads if batch < 2 * torch.get_num_threads() else 1  # whole requests read their pages in one stream
     nbytes = 4 * batch * context * kv_heads * hd  # K and V
-    _decode_attention(
+    _decode_attention[q.dtype](
         batch * parts, nbytes, batch, kv_heads, heads // kv_heads, hd, context, num_slots, scale,
         q, k_cache, v_cache, slots, lengths, scores, o,
     )  # fmt: skip
@@ -48,24 +50,25 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
 
 
 @Kernel
-def _decode_attention(a):
+def _decode_attention(memory):
+    a = arguments(memory)
     hd = a[5]
     if hd == 64:  # constants, so that the loops over a head unroll
-        _decode_heads(a, 64)
+        _decode_heads(memory, a, 64)
     elif hd == 128:
-        _decode_heads(a, 128)
+        _decode_heads(memory, a, 128)
     else:
-        _decode_heads(a, hd)
+        _decode_heads(memory, a, hd)
 
 
 @inline
-def _decode_heads(a, hd):
-    batch, kv_heads, group, context, num_slots = a[2], a[3], a[4], a[6], a[7]
+def _decode_heads(memory, a, hd):
+    size, batch, kv_heads, group, context, num_slots = itemsize(memory), a[2], a[3], a[4], a[6], a[7]
     scale, tasks = np.float32(as_float64(a[8])), a[1]
     heads, parts = kv_heads * group, tasks // batch
     own = kv_heads // parts  # KV heads of a task
-    queries, o = bf16(a[9], (batch, heads, hd)), bf16(a[15], (batch, heads, hd))
-    keys, values = bf16(a[10], (num_slots, kv_heads, hd)), bf16(a[11], (num_slots, kv_heads, hd))
+    queries, o = numbers(memory, a[9], (batch, heads, hd)), numbers(memory, a[15], (batch, heads, hd))
+    keys, values = numbers(memory, a[10], (num_slots, kv_heads, hd)), numbers(memory, a[11], (num_slots, kv_heads, hd))
     slots, lengths, scratch = i64(a[12], (batch, context)), i64(a[13], batch), f32(a[14], (batch, heads, context))
     q, sums = np.empty((heads, hd), np.float32), np.empty((heads, hd), np.float32)
     row, other = np.empty(hd, np.float32), np.empty(hd, np.float32)
@@ -78,7 +81,7 @@ def _decode_heads(a, hd):
                 q[h, i] = up(queries[owner, h, i]) * scale
                 sums[h, i] = np.float32(0)
         for c in range(n):
-            prefetch(a[10] + 2 * (seen[min(c + AHEAD, n - 1)] * kv_heads + first) * hd, 2 * own * hd)
+            prefetch(a[10] + size * (seen[min(c + AHEAD, n - 1)] * kv_heads + first) * hd, size * own * hd)
             for kv in range(first, first + own):
                 k = keys[seen[c], kv]
                 widen(k, row)
@@ -91,7 +94,7 @@ def _decode_heads(a, hd):
             softmax(p[h], n)
         for c in range(0, n - 1, 2):  # two positions at a time: half the traffic to the sums
             for step in range(2):
-                prefetch(a[11] + 2 * (seen[min(c + step + AHEAD, n - 1)] * kv_heads + first) * hd, 2 * own * hd)
+                prefetch(a[11] + size * (seen[min(c + step + AHEAD, n - 1)] * kv_heads + first) * hd, size * own * hd)
             for kv in range(first, first + own):
                 v, w = values[seen[c], kv], values[seen[c + 1], kv]
                 for i in range(hd):
@@ -105,7 +108,7 @@ def _decode_heads(a, hd):
             for h in range(kv * group, (kv + 1) * group):
                 x = p[h, n - 1] if n % 2 else np.float32(0)
                 for i in range(hd):
-                    o[owner, h, i] = down(sums[h, i] + x * up(v[i]))
+                    o[owner, h, i] = down(memory, sums[h, i] + x * up(v[i]))
         task = next_task(a)
 
 
@@ -115,12 +118,15 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     queries, keys, values = rows_of(q).mul_(scale), panels_of(rows_of(k)), rows_of(v)
     o, lse = torch.empty(s, heads, hd), torch.empty(s, heads)
     tiles = -(-s // TILE)
-    _window_attention(tiles * heads, 4 * keys.nbytes, s, b, heads, kv_heads, hd, *values.shape[1:], queries, keys, values, o, lse)
+    _window_attention[torch.float32](
+        tiles * heads, 4 * keys.nbytes, s, b, heads, kv_heads, hd, *values.shape[1:], queries, keys, values, o, lse
+    )
     return o.to(q.dtype), lse
 
 
 @Kernel
-def _window_attention(a):
+def _window_attention(memory):
+    a = arguments(memory)
     s, b, heads, kv_heads, hd, columns, width = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     group = heads // kv_heads
     padded = whole_units(s, PANEL)
@@ -160,7 +166,7 @@ def window_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: 
     teams = torch.get_num_threads()
     dq, dkv = torch.empty(s, heads, hd), torch.zeros(teams, 2, kv_heads, columns, width)
     tiles, member = -(-s // TILE), torch.zeros(1, dtype=torch.int64)
-    _window_attention_backward(
+    _window_attention_backward[torch.float32](
         tiles * heads, 10 * keys.nbytes, s, b, heads, kv_heads, hd, columns, width, scale,
         queries, keys, key_rows, values, rows_of(do), lse.contiguous(), dq, dkv, member,
     )  # fmt: skip
@@ -169,7 +175,8 @@ def window_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: 
 
 
 @Kernel
-def _window_attention_backward(a):
+def _window_attention_backward(memory):
+    a = arguments(memory)
     s, b, heads, kv_heads, hd, columns, width, scale = a[2], a[3], a[4], a[5], a[6], a[7], a[8], np.float32(as_float64(a[9]))
     group, padded, pitch = heads // kv_heads, whole_units(s, PANEL), columns + LANES
     lse, dq = f32(a[15], (s, heads)), f32(a[16], (s, heads, hd))

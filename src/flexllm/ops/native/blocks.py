@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flexllm.ops.native.runtime import FAST
 
-LANES = 16  # fp32 numbers of a vector
-ROWS, VECTORS = 4, 4  # a block of a product that stays in registers: 4 rows of 4 vectors
+AVX512 = binding.get_host_cpu_features().get("avx512f", False)
+LANES = 16 if AVX512 else 8  # fp32 numbers of a vector
+ROWS, VECTORS = 4, 4 if AVX512 else 2  # a block of a product that stays in registers, of which there are 32 or 16
 PANEL = VECTORS * LANES
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexllm.ops.native.blocks import LANES, PANEL, ROWS, product
-from flexllm.ops.native.runtime import Kernel, bf16, down, matrix, next_task, whole_units, widen
+from flexllm.ops.native.runtime import Kernel, arguments, down, itemsize, matrix, next_task, numbers, whole_units, widen
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     x, w = matrix(x), w.contiguous()
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
     tasks, step = _row_blocks(x.shape[0])
-    _matmul_nt(tasks, x.nbytes, step, *x.shape, w.shape[0], x.stride(0), x, w, y)
+    _matmul_nt[x.dtype](tasks, x.nbytes, step, *x.shape, w.shape[0], x.stride(0), x, w, y)
     return y
 
 
@@ -26,9 +26,10 @@ def _row_blocks(rows: int) -> tuple[int, int]:
 
 
 @Kernel
-def _matmul_nt(a):
+def _matmul_nt(memory):
+    a, size = arguments(memory), itemsize(memory)
     step, rows, width, rank, stride = a[2], a[3], a[4], a[5], a[6]
-    packed, y = bf16(a[8], (rank, width)), bf16(a[9], (rows, rank))
+    packed, y = numbers(memory, a[8], (rank, width)), numbers(memory, a[9], (rows, rank))
     w, x = np.zeros((whole_units(rank, 2), width), np.float32), np.zeros((ROWS, width), np.float32)
     for k in range(rank):
         widen(packed[k], w[k])
@@ -37,7 +38,7 @@ def _matmul_nt(a):
         for row in range(task * step, min(rows, task * step + step), ROWS):
             count = min(ROWS, rows - row)
             for r in range(count):
-                widen(bf16(a[7] + 2 * (row + r) * stride, width), x[r])
+                widen(numbers(memory, a[7] + size * (row + r) * stride, width), x[r])
             for k in range(0, rank, 2):
                 s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
                 for i in range(width):  # every number that is loaded is used twice or more
@@ -52,9 +53,9 @@ def _matmul_nt(a):
                     t3 += x[3, i] * f
                 for r, s, t in ((0, s0, t0), (1, s1, t1), (2, s2, t2), (3, s3, t3)):
                     if r < count:
-                        y[row + r, k] = down(s)
+                        y[row + r, k] = down(memory, s)
                         if k + 1 < rank:
-                            y[row + r, k + 1] = down(t)
+                            y[row + r, k + 1] = down(memory, t)
         task = next_task(a)
 
 
@@ -63,14 +64,15 @@ def add_matmul_nn_(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     assert y.stride(1) == 1, y.stride()
     tasks, step = _row_blocks(y.shape[0])
-    _add_matmul_nn(tasks, 2 * y.nbytes, step, *y.shape, w.shape[0], y.stride(0), x, w, y)
+    _add_matmul_nn[y.dtype](tasks, 2 * y.nbytes, step, *y.shape, w.shape[0], y.stride(0), x, w, y)
     return y
 
 
 @Kernel
-def _add_matmul_nn(a):
+def _add_matmul_nn(memory):
+    a, size = arguments(memory), itemsize(memory)
     step, rows, width, rank, stride = a[2], a[3], a[4], a[5], a[6]
-    left, packed, padded = bf16(a[7], (rows, rank)), bf16(a[8], (rank, width)), whole_units(width, LANES)
+    left, packed, padded = numbers(memory, a[7], (rows, rank)), numbers(memory, a[8], (rank, width)), whole_units(width, LANES)
     w, x, sums = np.zeros((rank, padded), np.float32), np.zeros((ROWS, rank), np.float32), np.zeros((ROWS, padded), np.float32)
     for k in range(rank):
         widen(packed[k], w[k])
@@ -80,11 +82,11 @@ def _add_matmul_nn(a):
         for row in range(task * step, min(rows, task * step + step), ROWS):
             count = min(ROWS, rows - row)
             for r in range(count):
-                widen(bf16(a[9] + 2 * (row + r) * stride, width), sums[r])
+                widen(numbers(memory, a[9] + size * (row + r) * stride, width), sums[r])
                 widen(left[row + r], x[r])
             product(x_at, rank, 1, w_at, padded, PANEL, sums_at, padded, ROWS, rank, padded, 1)
             for r in range(count):
-                y = bf16(a[9] + 2 * (row + r) * stride, width)
+                y = numbers(memory, a[9] + size * (row + r) * stride, width)
                 for i in range(width):
-                    y[i] = down(sums[r, i])
+                    y[i] = down(memory, sums[r, i])
         task = next_task(a)

@@ -1,4 +1,4 @@
-"""Weights in GGUF's blocks (ops/quantized.py): expanded to bf16 in one pass, or, for few rows, while they are used."""
+"""Weights in GGUF's blocks (ops/quantized.py): expanded in one pass, or, for few rows, while they are used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from flexllm.ops.native.runtime import Kernel, bf16, down, half, inline, matrix, next_task, split, up, widen
+from flexllm.ops.native.runtime import Kernel, arguments, down, half, inline, itemsize, matrix, next_task, numbers, split, u16, up, widen
 from flexllm.ops.quantized import BLOCK, QuantizedWeight
 
 HALF = BLOCK // 2
@@ -59,12 +59,12 @@ _high = _sixteen(lambda builder, octets, floats: builder.uitofp(builder.lshr(oct
 def expand(format, codes, scales, offsets, row, blocks, values):
     """A row of a weight into fp32 values. Codes times scales are exact in fp32, so only an offset rounds."""
     for block in range(row * blocks, row * blocks + blocks):
-        scale = half(bf16(scales + 2 * block, 1)[0])
+        scale = half(u16(scales + 2 * block, 1)[0])
         if format == Q8_0:
             _signed(codes + BLOCK * block, values, scale, np.float32(0))
             _signed(codes + BLOCK * block + HALF, values + 4 * HALF, scale, np.float32(0))
         else:
-            offset = half(bf16(offsets + 2 * block, 1)[0]) if format == Q4_1 else np.float32(-8) * scale
+            offset = half(u16(offsets + 2 * block, 1)[0]) if format == Q4_1 else np.float32(-8) * scale
             _low(codes + HALF * block, values, scale, offset)
             _high(codes + HALF * block, values + 4 * HALF, scale, offset)
         values += 4 * BLOCK
@@ -72,22 +72,23 @@ def expand(format, codes, scales, offsets, row, blocks, values):
 
 def dequantize(w: QuantizedWeight) -> Tensor:
     """[out, in], rounded once."""
-    y = torch.empty(w.shape, dtype=torch.bfloat16)
+    y = torch.empty(w.shape, dtype=w.dtype)
     tasks, step = split(w.shape[0], 3 * w.shape[1])
-    _dequantize(tasks, y.nbytes, step, *w.scales.shape, *_weight(w), y)
+    _dequantize[y.dtype](tasks, y.nbytes, step, *w.scales.shape, *_weight(w), y)
     return y
 
 
 @Kernel
-def _dequantize(a):
+def _dequantize(memory):
+    a = arguments(memory)
     step, rows, blocks = a[2], a[3], a[4]
-    values, y = np.empty(BLOCK * blocks, np.float32), bf16(a[9], (rows, BLOCK * blocks))
+    values, y = np.empty(BLOCK * blocks, np.float32), numbers(memory, a[9], (rows, BLOCK * blocks))
     task = next_task(a)
     while task < a[1]:
         for row in range(task * step, min(rows, task * step + step)):
             expand(a[5], a[6], a[7], a[8], row, blocks, values.ctypes.data)
             for i in range(BLOCK * blocks):
-                y[row, i] = down(values[i])
+                y[row, i] = down(memory, values[i])
         task = next_task(a)
 
 
@@ -97,18 +98,19 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
     tasks, step = split(w.shape[0], 2 * w.shape[1])
     optional = (0, y) if bias is None else (1, bias)
-    _linear(tasks, w.nbytes, step, *w.scales.shape, *_weight(w), x.shape[0], x.stride(0), x, *optional, y)
+    _linear[x.dtype](tasks, w.nbytes, step, *w.scales.shape, *_weight(w), x.shape[0], x.stride(0), x, *optional, y)
     return y
 
 
 @Kernel
-def _linear(a):
+def _linear(memory):
+    a, size = arguments(memory), itemsize(memory)
     step, outs, blocks, rows, biased = a[2], a[3], a[4], a[9], a[12]
     width = BLOCK * blocks
     values, x = np.empty(width, np.float32), np.empty((rows, width), np.float32)
-    bias, y = bf16(a[13], outs), bf16(a[14], (rows, outs))
+    bias, y = numbers(memory, a[13], outs), numbers(memory, a[14], (rows, outs))
     for r in range(rows):
-        widen(bf16(a[11] + 2 * r * a[10], width), x[r])
+        widen(numbers(memory, a[11] + size * r * a[10], width), x[r])
     task = next_task(a)
     while task < a[1]:
         for out in range(task * step, min(outs, task * step + step)):
@@ -123,11 +125,11 @@ def _linear(a):
                     s1 += x[r + 1, i] * v
                     s2 += x[r + 2, i] * v
                     s3 += x[r + 3, i] * v
-                y[r, out], y[r + 1, out] = down(start + s0), down(start + s1)
-                y[r + 2, out], y[r + 3, out] = down(start + s2), down(start + s3)
+                y[r, out], y[r + 1, out] = down(memory, start + s0), down(memory, start + s1)
+                y[r + 2, out], y[r + 3, out] = down(memory, start + s2), down(memory, start + s3)
             for r in range(fours, rows):
                 s = np.float32(0)
                 for i in range(width):
                     s += x[r, i] * values[i]
-                y[r, out] = down(start + s)
+                y[r, out] = down(memory, start + s)
         task = next_task(a)

@@ -3,7 +3,7 @@
 A second thread pool beside torch's would fight it for the cores, so a kernel is a C function that GOMP_parallel, of the libgomp that
 torch has loaded, runs on every thread; each takes the next task from a shared counter, so that a thread which loses its core does not
 hold up the others. A kernel's argument is an array of int64: the next task, the number of tasks, then sizes, float64 bits and pointers
-in the order of the call. bf16 in memory is seen as uint16 and is fp32 in registers: rounded once, at the end.
+in the order of the call. Numbers are bf16 (seen as uint16) or fp32 in memory and fp32 in registers: rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from flexllm.config import cache_dir
 
+IN_MEMORY = {torch.bfloat16: types.uint16, torch.float32: types.float32}
 SERIAL_BYTES = 2**15  # below this, waking the other threads costs more than they bring
 
 # Sums may be reordered and fused (vectors of partial sums); NaN and infinity keep their meaning.
@@ -35,26 +36,33 @@ inline = njit(inline="always", **FAST)
 
 # ------------------------------------------------------------------------------------------------------------- from Python
 class Kernel:
-    """A function of one argument array, compiled and run over tasks 0..tasks-1."""
+    """A function of one argument array, run over tasks 0..tasks-1 and compiled for each type of the numbers in memory that it is called
+    with: `kernel[x.dtype](...)`. Its only parameter, `memory`, points to the arguments and is typed as if they were such numbers."""
 
     def __init__(self, body: Any) -> None:
         self._body = body
-        self._compiled: Any = None
+        self._compiled: dict[torch.dtype, _Compiled] = {}
 
-    def _compile(self) -> None:
+    def __getitem__(self, dtype: torch.dtype) -> _Compiled:
         """At the first call: seconds, once per machine; later processes read it from the disk."""
-        folder, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_folder())
-        try:
-            self._compiled = cfunc(types.void(types.CPointer(types.int64)), cache=True, **FAST)(self._body)
-        finally:
-            numba.config.CACHE_DIR = folder
-        self._address = self._compiled.address
+        if dtype not in self._compiled:
+            folder, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_folder())
+            try:
+                signature = types.void(types.CPointer(IN_MEMORY[dtype]))
+                self._compiled[dtype] = _Compiled(cfunc(signature, cache=True, **FAST)(self._body))
+            finally:
+                numba.config.CACHE_DIR = folder
+        return self._compiled[dtype]
+
+
+class _Compiled:
+    def __init__(self, function: Any) -> None:
+        self._function = function  # lives as long as its code
+        self._address = function.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
 
     def __call__(self, tasks: int, nbytes: int, *args: Tensor | int | float) -> None:
         """`nbytes`: what it reads and writes, roughly: a little is not worth waking the other threads for."""
-        if self._compiled is None:
-            self._compile()
         # Fresh bytes that nobody else sees: the kernel may count in them.
         packed = struct.pack(f"{2 + len(args)}q", 0, tasks, *[a.data_ptr() if isinstance(a, Tensor) else _bits(a) for a in args])
         threads = torch.get_num_threads()
@@ -162,8 +170,41 @@ def prefetch(address, nbytes):
         _prefetch_line(address + line)
 
 
+@intrinsic
+def itemsize(typingctx, memory):
+    """Bytes of a number in memory."""
+    size = memory.dtype.bitwidth // 8
+    return types.int64(memory), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), size)
+
+
+@intrinsic
+def arguments(typingctx, memory):
+    """A kernel's arguments as they are."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(memory), codegen
+
+
+@intrinsic
+def _in_memory(typingctx, memory, address):
+    """An address as a pointer of `memory`'s type."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
+
+    return memory(memory, types.int64), codegen
+
+
 @inline
-def bf16(address, shape):
+def numbers(memory, address, shape):
+    """An array of bf16 or fp32."""
+    return carray(_in_memory(memory, address), shape)
+
+
+@inline
+def u16(address, shape):
     return carray(pointer(address, np.uint16(0)), shape)
 
 
@@ -184,22 +225,36 @@ def half(h):
     return as_float32(as_uint32(magnitude) | (np.uint32(h) & np.uint32(0x8000)) << np.uint32(16))
 
 
-@inline
-def up(h):
-    """bf16 -> fp32."""
-    return as_float32(np.uint32(h) << np.uint32(16))
+def up(number):
+    """A number from memory -> fp32."""
 
 
-@inline
-def down(f):
-    """fp32 -> bf16, to nearest even. (A NaN whose payload is all in its low half is not one that arithmetic makes.)"""
-    u = as_uint32(f)
-    return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+@overload(up, inline="always")
+def _up(number):
+    if isinstance(number, types.Float):
+        return lambda number: number
+    return lambda number: as_float32(np.uint32(number) << np.uint32(16))
+
+
+def down(memory, f):
+    """fp32 -> a number for memory; bf16 to nearest even. (A NaN whose payload is all in its low half is not one that arithmetic makes.)"""
+
+
+@overload(down, inline="always")
+def _down(memory, f):
+    if isinstance(memory.dtype, types.Float):
+        return lambda memory, f: f
+
+    def nearest_even(memory, f):
+        u = as_uint32(f)
+        return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return nearest_even
 
 
 @inline
 def widen(h, f):
-    """bf16 h into fp32 f."""
+    """Numbers h from memory into fp32 f."""
     for i in range(h.shape[0]):
         f[i] = up(h[i])
 
