@@ -28,7 +28,7 @@ class MachineBounds:
         }
 
 
-def measure_bounds(config: ModelConfig, rows: int, dtype: torch.dtype = torch.bfloat16) -> MachineBounds:
+def measure_bounds(config: ModelConfig, rows: int, dtype: torch.dtype) -> MachineBounds:
     """Bounds at the shapes of the model's own GEMMs with `rows` rows, and of one large square GEMM."""
     d, f = config.hidden_size, config.intermediate_size
     shapes = [(rows, d, 2 * f), (rows, f, d), (rows, 2 * f, d), (1024, 1024, 1024), (2048, 2048, 2048)]

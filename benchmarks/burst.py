@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from client import LoadGenerator, RequestRecord, percentile, raw, summarize
-from common import finish, log, parser
+from common import DTYPE, finish, log, parser
 from contestants import decode_step_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
@@ -247,7 +247,7 @@ def main() -> None:
     prompts = random_prompts([a.prompt_tokens for a in arrivals], config.vocab_size, args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        flags = ["--state-dir", str(folder / "state"), "--dtype", "bfloat16"]
+        flags = ["--state-dir", str(folder / "state"), "--dtype", DTYPE]
         with flexllm_server(model, folder / "probe.log", *flags, threads=args.threads) as server:
             h = decode_step_seconds(server, config.vocab_size, args.seed) / REFERENCE_STEP
         slo = (SLOS[args.slo][0], SLOS[args.slo][1] * h)

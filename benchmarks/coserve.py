@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, Time
 from rich.table import Table
 
 import common
-from common import QUICK_RESULTS, finish, log, parser, write
+from common import DTYPE, QUICK_RESULTS, finish, log, parser, write
 from contestants import PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds, row_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
@@ -262,7 +262,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         setting = Setting(args, model, ModelConfig.from_hf(model).vocab_size, traces, folder)
-        flags = ("--state-dir", str(folder / OURS), "--dtype", "bfloat16", *MEMORY)
+        flags = ("--state-dir", str(folder / OURS), "--dtype", DTYPE, *MEMORY)
         server = stack.enter_context(flexllm_server(model, folder / f"{OURS}.log", *flags, threads=args.threads))
         processes = {OURS: server.process.pid}
         ours = Ours(server, folder, args.seed)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bounds import MachineBounds, measure_bounds, training_flops
-from common import finish, interleave, log, paired_ratio, parser
+from common import DTYPE, finish, interleave, log, paired_ratio, parser
 from flexllm.config import EngineConfig, FinetuneConfig, JobSpec
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
@@ -153,14 +153,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = EngineConfig(
             model=str(model),
-            dtype="bfloat16",
+            dtype=DTYPE,
             device="cpu",
             threads=args.threads,
             scheduler=OFFLINE_SCHEDULER,
             state_dir=Path(scratch),
         )
         engine = Engine(config)
-        bounds = measure_bounds(engine.model_config, LENGTHS[0])
+        bounds = measure_bounds(engine.model_config, LENGTHS[0], engine.model.dtype)
         peer_options = ["--model", str(model), "--rank", str(RANK), "--alpha", str(ALPHA), "--seed", str(args.seed)]
         peer_options += ["--adapter-fp32"] if args.adapter_fp32 else []
         with Peer("hf_peft.py", *peer_options, threads=args.threads) as peer:

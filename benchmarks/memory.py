@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import finish, interleave, log, paired_ratio, parser
+from common import DTYPE, finish, interleave, log, paired_ratio, parser
 from conventional import SHAPES, conventional_bytes
 from finetune import EngineSteps, finetuning
 from flexllm.compiler.levels import JobCompiler, LevelPlan
@@ -206,7 +206,7 @@ def main() -> None:
     samples: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         config = EngineConfig(
-            model=str(model), dtype="bfloat16", device="cpu", threads=args.threads, scheduler=OFFLINE_SCHEDULER, state_dir=Path(scratch)
+            model=str(model), dtype=DTYPE, device="cpu", threads=args.threads, scheduler=OFFLINE_SCHEDULER, state_dir=Path(scratch)
         )  # fmt: skip
         engine = Engine(config)
         for length in LENGTHS[:1] if args.quick else LENGTHS:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from common import log
+from common import DTYPE, log
 
 START_TIMEOUT = 900.0  # seconds; vLLM compiles on its first start, ours profiles, and either may download
 STOP_TIMEOUT = 20.0
@@ -52,7 +52,7 @@ def vllm_server(python: Path, model: Path, log_file: Path, cores: Sequence[int],
     """
     port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "bench"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", str(max_model_len)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPE, "--max-model-len", str(max_model_len)]
     command += ["--no-enable-prefix-caching"]
     environment = {
         "OMP_NUM_THREADS": str(len(cores)),
@@ -165,7 +165,7 @@ class Peer:
     """
 
     def __init__(self, script: str, *arguments: str, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "peers" / script), *arguments, "--threads", str(threads)]
+        command = [sys.executable, str(Path(__file__).parent / "peers" / script), *arguments, "--dtype", DTYPE, "--threads", str(threads)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

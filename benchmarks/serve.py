@@ -21,7 +21,7 @@ import torch
 
 from bounds import MachineBounds, measure_bounds
 from client import LoadGenerator, RequestRecord, output_rate, quantiles_ms
-from common import finish, interleave, log, paired_ratio, parser
+from common import DTYPE, finish, interleave, log, paired_ratio, parser
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
 from processes import Peer, Server, awake, flexllm_server, freezer, vllm_server
@@ -86,11 +86,11 @@ def main() -> None:
     rounds, waves = (1, 1) if args.quick else (5, 2)
     model = resolve_model(args.model)
     config = ModelConfig.from_hf(model)
-    bounds = measure_bounds(config, PROMPT_TOKENS)
+    bounds = measure_bounds(config, PROMPT_TOKENS, getattr(torch, DTYPE))
     rates: dict[int, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        flags = ("--state-dir", str(scratch / "state"), "--dtype", "bfloat16")
+        flags = ("--state-dir", str(scratch / "state"), "--dtype", DTYPE)
         servers = {"flexllm": stack.enter_context(flexllm_server(model, scratch / "flexllm.log", *flags, threads=args.threads))}
         if args.vllm_python is None:
             log("vLLM takes no part: --vllm-python was not given")

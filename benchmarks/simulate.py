@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import RESULTS, finish, log, parser, spin_as_the_server
+from common import DTYPE, RESULTS, finish, log, parser, spin_as_the_server
 from flexllm.config import SLO, CacheConfig, EngineConfig, SchedulerConfig
 from flexllm.core import FinetuneJob, SaveLevel
 from flexllm.llm import LLM
@@ -232,9 +232,7 @@ def day(seconds: float, seed: int) -> dict[str, float]:
 
 def engine(args: argparse.Namespace, state_dir: Path) -> EngineConfig:
     """As coserve.py's servers are set; in a state folder of its own, so that the profile is taken now."""
-    return EngineConfig(
-        model=args.model, dtype="bfloat16", threads=args.threads, state_dir=state_dir, cache=CacheConfig(num_blocks=NUM_BLOCKS)
-    )
+    return EngineConfig(model=args.model, dtype=DTYPE, threads=args.threads, state_dir=state_dir, cache=CacheConfig(num_blocks=NUM_BLOCKS))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], output_tokens: in
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a Hugging Face folder")
-    options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options.add_argument("--dtype", required=True, choices=("bfloat16", "float32"))
     options.add_argument("--threads", type=int, required=True)
     args = options.parse_args()
     torch.set_num_threads(args.threads)

@@ -75,7 +75,7 @@ class Trainer:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a Hugging Face folder")
-    options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options.add_argument("--dtype", required=True, choices=("bfloat16", "float32"))
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--alpha", type=float, default=32)
     options.add_argument(

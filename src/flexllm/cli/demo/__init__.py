@@ -20,7 +20,7 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 3,
     slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 1.0,
     slo_tpot: Annotated[float, typer.Option(help="Objective for the time per output token, seconds.")] = 0.15,
-    time_limit: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 600.0,
+    time_limit: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 1200.0,
     threads: Threads = None,
 ) -> None:
     """The whole of FlexLLM in a few minutes: a server under chat load learns about a product that does not exist.
