@@ -92,9 +92,7 @@ def _rounded(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- where it ran
 def machine() -> dict[str, Any]:
     info: dict[str, Any] = {"os": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
-    flags = _cpuinfo("flags").split()
-    info["isa"] = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    info["dtype"] = DTYPE
+    info["isa"], info["dtype"] = ISA, DTYPE
     info["memory_gb"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -106,11 +104,6 @@ def _cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _dtype() -> str:
-    flags = _cpuinfo("flags").split()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
 def _cpuinfo(key: str) -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -119,8 +112,10 @@ def _cpuinfo(key: str) -> str:
     return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(key)), "")
 
 
-# Of every contestant, whatever it would choose: where a CPU has no arithmetic for bf16, it is emulated and no match for fp32.
-DTYPE = _dtype()
+ISA = [flag for flag in _cpuinfo("flags").split() if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")]
+# Of every contestant, as the engine would choose: where a CPU has no arithmetic for bf16, it is emulated and no match for fp32. (Not asked
+# of the engine: torch is loaded after `spin_as_the_server`.)
+DTYPE = "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(ISA) else "float32"
 
 
 def versions() -> dict[str, str]:

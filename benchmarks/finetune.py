@@ -1,7 +1,7 @@
 """LoRA finetuning: this engine against Hugging Face + PEFT, on the same token batches in the same run.
 
-Default model, bf16, rank 16 on seven linears, batch 1, AdamW, sequences of 512 and 1024 rows that all have labels. The
-engine runs in this process and PEFT in another; their steps alternate. PEFT runs as it is fastest (bf16 adapters, SDPA),
+Default model, rank 16 on seven linears, batch 1, AdamW, sequences of 512 and 1024 rows that all have labels. The
+engine runs in this process and PEFT in another; their steps alternate. PEFT runs as it is fastest (adapters of the model's type, SDPA),
 with and without gradient checkpointing.
 
 saved bytes: for PEFT, every storage autograd keeps for the backward, parameters left out; for the engine, the activation

@@ -53,12 +53,12 @@ class CpuKernels(ReferenceKernels):
         return LinearWeight(weight, PackedWeight(_pack(weight)))
 
     def dense(self, w: LinearWeight) -> Tensor:
-        if isinstance(w.weight, QuantizedWeight) and _native(w.weight.dtype):
+        if isinstance(w.weight, QuantizedWeight) and _native(w.weight):
             return quantized.dequantize(w.weight)
         return super().dense(w)
 
     def linear(self, x: Tensor, w: LinearWeight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(w.weight, QuantizedWeight) and _native(x.dtype) and x.shape[0] <= EXPAND_ROWS:
+        if isinstance(w.weight, QuantizedWeight) and _native(x) and x.shape[0] <= EXPAND_ROWS:
             return quantized.linear(x, w.weight, bias)
         if w.packed is None:
             return super().linear(x, w, bias)
@@ -72,43 +72,43 @@ class CpuKernels(ReferenceKernels):
         return _packed_linear(dy, w.packed.backward, None)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
-        if not _native(x.dtype) or x.shape[0] > FEW_ROWS:
+        if not _native(x) or x.shape[0] > FEW_ROWS:
             return linear(x, w)
         return low_rank.matmul_nt(x, w)
 
     def add_matmul_nn_(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        if not _native(y.dtype) or y.shape[0] > FEW_ROWS:
+        if not _native(y) or y.shape[0] > FEW_ROWS:
             return super().add_matmul_nn_(y, x, w)
         return low_rank.add_matmul_nn_(y, x, w)
 
     # ------------------------------------------------------------------------------- one pass over memory each
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not _native(x.dtype):
+        if not _native(x):
             return super().rms_norm(x, weight, eps)
         return rowwise.rms_norm(x, weight, eps)
 
     def rms_norm_dx(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not _native(x.dtype):
+        if not _native(x):
             return super().rms_norm_dx(dy, x, weight, eps)
         return rowwise.rms_norm_dx(dy, x, weight, eps)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not _native(x.dtype):
+        if not _native(x):
             return super().rope(x, cos, sin)
         return rowwise.rope(x, cos, sin, back=False)
 
     def rope_transpose(self, dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not _native(dy.dtype):
+        if not _native(dy):
             return super().rope_transpose(dy, cos, sin)
         return rowwise.rope(dy, cos, sin, back=True)
 
     def swiglu(self, g: Tensor, u: Tensor) -> Tensor:
-        if not _native(g.dtype):
+        if not _native(g):
             return silu(g).mul_(u)
         return rowwise.swiglu(g, u)
 
     def swiglu_backward(self, dm: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        if not _native(g.dtype):
+        if not _native(g):
             return super().swiglu_backward(dm, g, u)
         return rowwise.swiglu_backward(dm, g, u)
 
@@ -122,7 +122,7 @@ class CpuKernels(ReferenceKernels):
 
     # ---------------------------------------------------------------------------------------------------- attention
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-        if not _native(q.dtype):
+        if not _native(q):
             return super().decode_attention(q, k_cache, v_cache, slots, lengths, scale)
         return attention.decode_attention(q, k_cache, v_cache, slots, lengths, scale)
 
@@ -188,8 +188,8 @@ def _keep_generated_code() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CODE_CACHE))
 
 
-def _native(dtype: torch.dtype) -> bool:
-    return dtype in IN_MEMORY
+def _native(x: Tensor | QuantizedWeight) -> bool:
+    return x.dtype in IN_MEMORY
 
 
 def _packable(dtype: torch.dtype) -> bool:

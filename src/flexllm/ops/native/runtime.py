@@ -128,12 +128,15 @@ def next_task(typingctx, a):
 
 @intrinsic
 def pointer(typingctx, address, like):
-    """An address as a pointer to values of `like`'s type."""
+    """An address, or a pointer, as a pointer to values of `like`'s type; if `like` is a pointer, to values such as it points to."""
+    kind = like if isinstance(like, types.CPointer) else types.CPointer(like)
+    is_pointer = isinstance(address, types.CPointer)
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        convert = builder.bitcast if is_pointer else builder.inttoptr
+        return convert(args[0], context.get_value_type(kind))
 
-    return types.CPointer(like)(types.int64, like), codegen
+    return kind(address if is_pointer else types.int64, like), codegen
 
 
 def _bitcast(source, target, llvm):
@@ -177,30 +180,16 @@ def itemsize(typingctx, memory):
     return types.int64(memory), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), size)
 
 
-@intrinsic
-def arguments(typingctx, memory):
+@inline
+def arguments(memory):
     """A kernel's arguments as they are."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(memory), codegen
-
-
-@intrinsic
-def _in_memory(typingctx, memory, address):
-    """An address as a pointer of `memory`'s type."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
-
-    return memory(memory, types.int64), codegen
+    return pointer(memory, np.int64(0))
 
 
 @inline
 def numbers(memory, address, shape):
     """An array of bf16 or fp32."""
-    return carray(_in_memory(memory, address), shape)
+    return carray(pointer(address, memory), shape)
 
 
 @inline
