@@ -24,10 +24,10 @@ from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
 from flexllm.simulate.workload import Arrival, poisson_arrivals
 from flexllm.tracing import read_events
-from grid import REFERENCE_STEP, SLOS
+from grid import REFERENCE_STEP, SLOS, slos_here
 from jobs import start_job
 from processes import flexllm_server
-from workloads import random_prompts
+from workloads import random_prompts, shorter_here
 
 SETTLE = 5.0  # seconds the job trains alone before the load and after the last answer
 RATE_WINDOW = 1.0  # seconds over which a finetuning rate is taken
@@ -235,7 +235,7 @@ def main() -> None:
     options.add_argument("--rate", type=float, default=0.3, help="requests per second outside of the burst")
     options.add_argument("--times", type=float, default=8.0, help="the burst's rate is so many times that")
     options.add_argument("--jump", type=int, default=8, help="requests that come at once when the burst begins")
-    options.add_argument("--prompt-tokens", type=int, default=128)
+    options.add_argument("--prompt-tokens", type=int, default=128, help="shorter on slow machines, as the next")
     options.add_argument("--output-tokens", type=int, default=64)
     options.add_argument("--slo", choices=sorted(SLOS), default="loose")
     args = options.parse_args()
@@ -243,14 +243,15 @@ def main() -> None:
     burst = (seconds / 2, seconds / 2 + length)
     model = resolve_model(args.model)
     config = ModelConfig.from_hf(model)
-    arrivals = burst_load(args.rate, args.times, args.jump, burst, seconds, (args.prompt_tokens, args.output_tokens), args.seed)
-    prompts = random_prompts([a.prompt_tokens for a in arrivals], config.vocab_size, args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         flags = ["--state-dir", str(folder / "state"), "--dtype", DTYPE]
         with flexllm_server(model, folder / "probe.log", *flags, threads=args.threads) as server:
             h = decode_step_seconds(server, config.vocab_size, args.seed) / REFERENCE_STEP
-        slo = (SLOS[args.slo][0], SLOS[args.slo][1] * h)
+        slo = slos_here(h)[args.slo]
+        lengths = args.prompt_tokens // shorter_here(h), args.output_tokens // shorter_here(h)
+        arrivals = burst_load(args.rate, args.times, args.jump, burst, seconds, lengths, args.seed)
+        prompts = random_prompts([a.prompt_tokens for a in arrivals], config.vocab_size, args.seed)
         log(f"h = {h:.2f}; objectives: TTFT {slo[0]:.1f} s, TPOT {1e3 * slo[1]:.0f} ms; {len(arrivals)} requests in {seconds:.0f} s")
         flags += ["--slo-ttft", f"{slo[0]:.4f}", "--slo-tpot", f"{slo[1]:.4f}", "--trace", str(folder / "trace.json")]
         with flexllm_server(model, folder / "flexllm.log", *flags, threads=args.threads) as server:
@@ -265,7 +266,7 @@ def main() -> None:
     log(f"gives way after {found['gives_way_iterations']} iterations, comes back in {found['comes_back_seconds']} s")
     found |= {
         "slo": {"name": args.slo, "ttft_s": slo[0], "tpot_s": slo[1], "h": h},
-        "load": {"rate": args.rate, "times": args.times, "jump": args.jump, "burst": burst, "total_seconds": seconds},
+        "load": {"rate": args.rate, "times": args.times, "jump": args.jump, "burst": burst, "total_seconds": seconds, "lengths": lengths},
     }
     finish("burst", args, found, samples(records, iterations, config.num_layers, burst[0]))
 

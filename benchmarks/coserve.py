@@ -32,7 +32,7 @@ from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
 from grid import ATTAINED, LOADS, REFERENCE_STEP, SLOS, Phase, Sample, Slos, cell_figures, grid_figures, own_slo, slos_here
 from processes import Peer, flexllm_server, freezer, memory_bytes, vllm_server
-from workloads import TRACES, Load, Trace, load_of
+from workloads import TRACES, Load, Trace, load_of, shorter_here
 
 # Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
 # A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
@@ -256,21 +256,23 @@ def main() -> None:
     args = options()
     log(f"about {estimated_seconds(args) / 60:.0f} minutes")
     model = resolve_model(args.model)
-    traces = [Trace.named(name, common.TRACES, args.seed) for name in args.traces]
-    for trace in traces:
-        log(f"{trace.name}: {trace.source}")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        setting = Setting(args, model, ModelConfig.from_hf(model).vocab_size, traces, folder)
+        vocab_size = ModelConfig.from_hf(model).vocab_size
         flags = ("--state-dir", str(folder / OURS), "--dtype", DTYPE, *MEMORY)
         server = stack.enter_context(flexllm_server(model, folder / f"{OURS}.log", *flags, threads=args.threads))
         processes = {OURS: server.process.pid}
         ours = Ours(server, folder, args.seed)
         ours.set({"mode": "inference"})
-        step = decode_step_seconds(server, setting.vocab_size, args.seed)
-        row = row_seconds(server, setting.vocab_size, args.seed)
-        slos = slos_here(step / REFERENCE_STEP)
+        step = decode_step_seconds(server, vocab_size, args.seed)
+        row = row_seconds(server, vocab_size, args.seed)
+        h = step / REFERENCE_STEP
+        slos = slos_here(h)
         log(f"decode step at batch 8: {1e3 * step:.1f} ms; objectives (TTFT s, TPOT s): {slos}; a row: {1e3 * row:.2f} ms")
+        traces = [Trace.named(name, common.TRACES, args.seed, shorter_here(h)) for name in args.traces]
+        for trace in traces:
+            log(f"{trace.name}: {trace.source}")
+        setting = Setting(args, model, vocab_size, traces, folder)
         stack.enter_context(freezer(server))
         names = contestant_names(args)
         by_name = run_ours(ours, slos, names)
@@ -280,7 +282,7 @@ def main() -> None:
         for name in ("coserve-loose", *(VLLM_BESIDE_PEFT if args.vllm_python else ())):
             contestants[name](setting.warmup)
         fields: dict[str, Any] = {
-            "h": step / REFERENCE_STEP,
+            "h": h,
             "decode_step_ms": 1e3 * step,
             "row_seconds": row,
             "slos": {name: {"ttft_s": ttft, "tpot_s": tpot} for name, (ttft, tpot) in slos.items()},

@@ -12,6 +12,7 @@ from flexllm.simulate.workload import Arrival, gamma_arrivals, load_trace
 FIRST_ORDINARY_TOKEN = 1000  # below it live special tokens and single bytes in the vocabularies we use
 PROMPT_SCALE, MAX_PROMPT = 1 / 8, 512  # so that recorded requests fit a small machine
 OUTPUT_SCALE, MIN_OUTPUT, MAX_OUTPUT = 1 / 4, 4, 64
+USUAL_H = 2.2  # of the machine they were chosen on (grid.py); on slower ones requests are shorter
 LENGTH_CV = 0.5
 SYNTHETIC_SECONDS = 4000.0  # of a made-up trace, at one request per second
 SKIPPED = 500  # the first arrivals of a recorded trace: it begins with gaps
@@ -46,13 +47,15 @@ class Trace:
     arrivals: list[Arrival]
 
     @staticmethod
-    def named(name: str, folder: Path, seed: int) -> Trace:
-        """One of TRACES: recorded, if its file is in `folder`, else from a seeded Gamma process."""
+    def named(name: str, folder: Path, seed: int, shorter: int = 1) -> Trace:
+        """One of TRACES: recorded, if its file is in `folder`, else from a seeded Gamma process; requests `shorter` times shorter."""
         recording, cv, prompt, output = TRACES[name]
         if recording and (folder / recording).exists():
-            arrivals = [_fit(a) for a in load_trace(folder / recording)[SKIPPED:]]
-            scales = f"prompts x {PROMPT_SCALE:g}, at most {MAX_PROMPT}; outputs x {OUTPUT_SCALE:g}, {MIN_OUTPUT} to {MAX_OUTPUT}"
-            return Trace(name, f"{recording}, from arrival {SKIPPED}; {scales}; time stretched", arrivals)
+            arrivals = [_fit(a, shorter) for a in load_trace(folder / recording)[SKIPPED:]]
+            prompts = f"prompts x {PROMPT_SCALE / shorter:.3g}, at most {MAX_PROMPT // shorter}"
+            outputs = f"outputs x {OUTPUT_SCALE / shorter:.3g}, {MIN_OUTPUT} to {MAX_OUTPUT // shorter}"
+            return Trace(name, f"{recording}, from arrival {SKIPPED}; {prompts}; {outputs}; time stretched", arrivals)
+        prompt, output = prompt // shorter, max(MIN_OUTPUT, output // shorter)
         made = gamma_arrivals(1.0, SYNTHETIC_SECONDS, prompt, output, cv=cv, length_cv=LENGTH_CV, seed=seed)
         stand_in = f", in place of {recording}, which is not here" if recording else ""
         return Trace(name, f"Gamma arrivals, cv {cv:g}, {prompt} / {output} tokens on average, seed {seed}{stand_in}", made)
@@ -69,9 +72,15 @@ class Trace:
         return [replace(a, time=(a.time - first) * stretch) for a in self.arrivals[start : start + count]]
 
 
-def _fit(arrival: Arrival) -> Arrival:
-    prompt = min(MAX_PROMPT, max(1, round(arrival.prompt_tokens * PROMPT_SCALE)))
-    output = min(MAX_OUTPUT, max(MIN_OUTPUT, round(arrival.output_tokens * OUTPUT_SCALE)))
+def shorter_here(h: float) -> int:
+    """By what lengths are divided on a machine whose decode step is `h` times the reference's: objectives allow each token `h` times as
+    long, so an answer takes as many seconds, and a prompt stays within a TTFT that does not grow with `h`."""
+    return max(1, round(h / USUAL_H))
+
+
+def _fit(arrival: Arrival, shorter: int) -> Arrival:
+    prompt = min(MAX_PROMPT // shorter, max(1, round(arrival.prompt_tokens * PROMPT_SCALE / shorter)))
+    output = min(MAX_OUTPUT // shorter, max(MIN_OUTPUT, round(arrival.output_tokens * OUTPUT_SCALE / shorter)))
     return replace(arrival, prompt_tokens=prompt, output_tokens=output)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexllm.simulate.workload import Arrival
-from workloads import MAX_OUTPUT, MAX_PROMPT, MIN_OUTPUT, SKIPPED, TRACES, Trace, load_of
+from workloads import MAX_OUTPUT, MAX_PROMPT, MIN_OUTPUT, SKIPPED, TRACES, Trace, load_of, shorter_here
 
 
 def recorded(folder: Path, count: int) -> None:
@@ -25,6 +25,17 @@ def test_recorded_lengths_are_scaled_and_capped(tmp_path: Path) -> None:
     assert trace.arrivals[0].output_tokens == min(MAX_OUTPUT, index % 130 + 1)
     assert {max(a.prompt_tokens for a in trace.arrivals), max(a.output_tokens for a in trace.arrivals)} == {MAX_PROMPT, MAX_OUTPUT}
     assert min(a.output_tokens for a in trace.arrivals) == MIN_OUTPUT
+
+
+def test_requests_are_shorter_on_a_slow_machine(tmp_path: Path) -> None:
+    assert [shorter_here(h) for h in (0.5, 2.2, 3.2, 6.6)] == [1, 1, 1, 3]
+    recorded(tmp_path, SKIPPED + 200)
+    trace = Trace.named("azure-conv", tmp_path, seed=0, shorter=3)
+    assert trace.arrivals[0].prompt_tokens == min(MAX_PROMPT // 3, round(10 / 3 * (SKIPPED % 70 + 1)))
+    assert {max(a.prompt_tokens for a in trace.arrivals), max(a.output_tokens for a in trace.arrivals)} == {170, 21}
+    assert min(a.output_tokens for a in trace.arrivals) == MIN_OUTPUT
+    assert "at most 170" in trace.source
+    assert "42 / 16 tokens" in Trace.named("bursty", tmp_path, seed=0, shorter=3).source
 
 
 @pytest.mark.parametrize("name", TRACES)
