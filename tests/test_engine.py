@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexllm.config import CacheConfig, EngineConfig, FinetuneConfig, JobSpec
-from flexllm.core import FinishReason, JobStatus, Request, SamplingParams
+from flexllm.core import FinishReason, JobStatus, PlanFeatures, Request, SamplingParams
 from flexllm.engine import Engine, OverloadedError
 from flexllm.peft.config import LoraConfig
 from flexllm.peft.pool import PoolFullError
@@ -385,6 +385,10 @@ def test_profile_is_taken_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr("flexllm.engine.take_profile", refuse)
         assert Engine(config).latency.coefficients() == pytest.approx(_stored(first))
+    measured = profile.read_text()
+    first.latency.fit([(PlanFeatures(rows=1, decode_rows=1), 9.0)])
+    first.shutdown()
+    assert profile.read_text() == measured, "what was learned from a few requests says little about others"
     profile.write_text("{")
     assert_goes_on(Engine(config))
     assert json.loads(profile.read_text())["version"] == VERSION, "a damaged profile is measured again"

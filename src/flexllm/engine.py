@@ -5,6 +5,7 @@ In process: `LLM` (llm.py) drives it directly. Behind HTTP: server/engine_proces
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -292,7 +293,6 @@ class Engine:
         for training in list(self.trainer.jobs.values()):
             self.trainer.save_resume(training, self.clock())
         self.trainer.writer.drain()
-        self.latency.save(self._profile_path())
         if self.trace:
             self.trace.close()
         return self.trainer.take_events()
@@ -335,12 +335,14 @@ class Engine:
 
     def _profile_path(self) -> Path:
         dtype = str(self.model.dtype).removeprefix("torch.") + (f"-{self.config.quantization}" if self.config.quantization else "")
-        key = (self.model_folder.name, self.model.device.type, dtype, torch.get_num_threads())
+        shape = hashlib.sha256(repr(self.model_config).encode()).hexdigest()[:8]  # many folders have the same name
+        key = (self.model_folder.name, shape, self.model.device.type, dtype, torch.get_num_threads())
         return self.config.state_dir / "profiles" / ("-".join(map(str, key)).replace("/", "_") + ".json")
 
     @torch.no_grad()
     def _latency_profile(self, report: Progress) -> LatencyModel:
-        """The cached profile of this model on this machine, or one measured now."""
+        """The cached profile of this model on this machine, or one measured now. What the model learns later is not stored: it knows
+        the last minute's iterations well and may be far off on others."""
         path = self._profile_path()
         try:
             latency, self.model.costs = LatencyModel.load(path), load_costs(path.with_suffix(".costs.json"))
