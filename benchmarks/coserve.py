@@ -69,12 +69,13 @@ class Setting:
 
 # ---------------------------------------------------------------------------------------------------------- who takes part
 def contestant_names(args: argparse.Namespace) -> list[str]:
-    """Those that are in every round first, so that what is compared is side by side."""
+    """Those that are in every round first, so that what is compared is side by side. `--contestants` picks some of them."""
     coserve = [f"{mode}-{slo}" for slo in SLOS if not (args.quick and slo == "mid") for mode in ("inference", "coserve")]
     temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
     vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
     found = {"finetune", *coserve, *temporal, *vllm}
-    return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
+    names = [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
+    return [n for n in names if n in (args.contestants or names)]
 
 
 def scheduler_settings(name: str, slos: Slos) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def estimated_seconds(args: argparse.Namespace) -> float:
     names = contestant_names(args)
     cell = sum(share_of(name) * args.seconds + OVERHEAD for _, name in phases(names, args.rounds))
     probes = 0.0 if args.rates else CAPACITY_WARMUP + CAPACITY_SECONDS + OVERHEAD
-    return START + START_VLLM * ("split" in names) * 2 + len(args.traces) * (probes + len(loads(args)) * cell)
+    return START + START_VLLM * ("split" in names) * 2 + len(args.traces) * (probes + len(args.loads) * cell)
 
 
 def share_of(contestant: str) -> float:
@@ -125,7 +126,7 @@ def share_of(contestant: str) -> float:
 
 def rates(setting: Setting, ours: Ours, trace: Trace) -> tuple[float | None, dict[str, float]]:
     """The capacity for this trace (None: not measured), and requests per second by load."""
-    names = loads(setting.args)
+    names = setting.args.loads
     if setting.args.rates:
         return None, dict(zip(names, setting.args.rates, strict=True))
     seconds = CAPACITY_WARMUP + CAPACITY_SECONDS
@@ -133,10 +134,6 @@ def rates(setting: Setting, ours: Ours, trace: Trace) -> tuple[float | None, dic
     found = capacity(ours, load, CAPACITY_CONCURRENCY, CAPACITY_WARMUP)
     log(f"{trace.name}: {found:.2f} requests/s at concurrency {CAPACITY_CONCURRENCY}")
     return found, {name: LOADS[name] * found for name in names}
-
-
-def loads(args: argparse.Namespace) -> list[str]:
-    return ["mid"] if args.quick else list(LOADS)
 
 
 def phases(contestants: Iterable[str], rounds: int) -> list[tuple[int, str]]:
@@ -186,7 +183,7 @@ def measure(setting: Setting, ours: Ours, slos: Slos, contestants: Mapping[str, 
     samples: list[Sample] = []
     cells: list[dict[str, Any]] = []
     by_trace = {trace.name: rates(setting, ours, trace) for trace in setting.traces}
-    total = len(by_trace) * len(loads(args)) * len(phases(contestants, args.rounds))
+    total = len(by_trace) * len(args.loads) * len(phases(contestants, args.rounds))
     with shown(total) as progress:
         for trace in setting.traces:
             capacity_req_s, by_load = by_trace[trace.name]
@@ -237,6 +234,8 @@ def show(cells: list[dict[str, Any]]) -> None:
 def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--traces", nargs="+", choices=list(TRACES), help="default: all of them, azure-conv with --quick")
+    found.add_argument("--loads", nargs="+", choices=list(LOADS), help="default: all of them, mid with --quick")
+    found.add_argument("--contestants", nargs="+", metavar="NAME", help="only these (default: all of README.md's table)")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
     found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 7, with --quick 6)")
     found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
@@ -244,11 +243,15 @@ def options() -> argparse.Namespace:
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
+    args.loads = args.loads or (["mid"] if args.quick else list(LOADS))
     args.seconds = args.seconds or (6.0 if args.quick else 7.0)
     args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
-    if args.rates and len(args.rates) != len(loads(args)):
-        found.error(f"--rates needs one rate for each of the loads {', '.join(loads(args))}")
+    if args.rates and len(args.rates) != len(args.loads):
+        found.error(f"--rates needs one rate for each of the loads {', '.join(args.loads)}")
+    known = contestant_names(argparse.Namespace(**{**vars(args), "contestants": None}))
+    if unknown := sorted({*(args.contestants or ())} - {*known}):
+        found.error(f"--contestants: no {unknown[0]!r}; there are {', '.join(known)}")
     return args
 
 
@@ -276,10 +279,11 @@ def main() -> None:
         stack.enter_context(freezer(server))
         names = contestant_names(args)
         by_name = run_ours(ours, slos, names)
-        if args.vllm_python:
+        if {*VLLM_BESIDE_PEFT} & {*names}:
             by_name |= start_vllm_beside_peft(stack, setting, processes)
         contestants = {name: by_name[name] for name in names}
-        for name in ("coserve-loose", *(VLLM_BESIDE_PEFT if args.vllm_python else ())):
+        ours.run(scheduler_settings("coserve-loose", slos), setting.warmup)
+        for name in [n for n in names if n in VLLM_BESIDE_PEFT]:
             contestants[name](setting.warmup)
         fields: dict[str, Any] = {
             "h": h,

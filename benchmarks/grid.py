@@ -173,9 +173,9 @@ def load_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
 
 
 def grid_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], slos: Slos) -> dict[str, Any]:
-    """All cells. The figures at the top are those of the loose objectives."""
+    """All cells. The figures at the top are those of the loose objectives (None where those have not been run)."""
     records = _pooled(samples, "coserve-loose")
-    pooled = contestant_figures("coserve-loose", [s.phase for s in samples if s.contestant == "coserve-loose"], slos)
+    pooled = summarize(records, *slos["loose"])
     by_load = {
         load: load_figures([c for c in cells if c["load"] == load], [s for s in samples if s.load == load], slos)
         for load in dict.fromkeys(c["load"] for c in cells)
@@ -183,7 +183,7 @@ def grid_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
     return {
         "attainment": attainment(records, slos["loose"]),
         "attainment_inference_only": attainment(_pooled(samples, "inference-loose"), slos["loose"]),
-        "finetune_tok_s": median(c["contestants"]["coserve-loose"]["finetune_tok_s"] for c in cells),
+        "finetune_tok_s": median(c["contestants"].get("coserve-loose", {}).get("finetune_tok_s") for c in cells),
         "finetune_share": median(c["finetune_share"]["loose"] for c in cells),
         "leftover_efficiency": median(c["leftover_efficiency"]["loose"] for c in cells),
         "bound_share": median(c["bound_share"]["loose"] for c in cells),

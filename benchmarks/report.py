@@ -87,6 +87,7 @@ def page(sections: Sequence[tuple[str, dict[str, Any] | None, Section | None]]) 
 def _origin(result: dict[str, Any]) -> str:
     machine = result.get("machine", {})
     where = f"{machine.get('cpu', 'unknown machine')}, {machine.get('cores', '?')} cores" + (f", {g}" if (g := machine.get("gpu")) else "")
+    where += f" ({', '.join(isa)})" if (isa := machine.get("isa")) else ""
     run = "quick run" if result.get("quick") else "full run"
     said = f"commit {result.get('commit', 'unknown')}, {result.get('date', '')}; {where}; {run}"
     return f"<p class=from><code>{html.escape(result.get('command', ''))}</code><br>{html.escape(said)}</p>"

@@ -70,18 +70,23 @@ def attains(slo: str, alone: float | None, coserved: float | None) -> bool | Non
 
 
 def _attainment(cells: list[Result], slo: str) -> Table:
+    """A row for each cell, then for all traces at each load, then for all cells: a few requests say little."""
+    mine, alone = f"coserve-{slo}", f"inference-{slo}"
+    groups = [(f"{c['trace']}, {c['load']}", number(c["rate"]), [c]) for c in cells]
+    if len({c["trace"] for c in cells}) > 1:
+        groups += [(f"all traces, {load}", "", [c for c in cells if c["load"] == load]) for load in dict.fromkeys(c["load"] for c in cells)]
+        groups.append(("all", "", cells))
     rows: list[list[str | Cell]] = []
-    for cell in cells:
-        mine, alone, found = f"coserve-{slo}", f"inference-{slo}", cell["contestants"]
-        shares = {name: c["attainment"][slo] for name, c in found.items()}
+    for label, rate, together in groups:
+        shares = {name: _attained(together, name, slo) for name in (alone, mine, *BASELINES)}
         rows.append(
             [
-                f"{cell['trace']}, {cell['load']}",
-                number(cell["rate"]),
-                " / ".join(_requests(found, names) for names in ([alone], [mine], BASELINES)),
-                percent(shares.get(alone)),
-                Cell(percent(shares.get(mine)), attains(slo, shares.get(alone), shares.get(mine))),
-                *(percent(shares.get(name)) for name in BASELINES),
+                label,
+                rate,
+                " / ".join(_requests(together, names) for names in ([alone], [mine], BASELINES)),
+                percent(shares[alone]),
+                Cell(percent(shares[mine]), attains(slo, shares[alone], shares[mine])),
+                *(percent(shares[name]) for name in BASELINES),
             ]
         )
     headings = ["trace, load", "req/s", "requests", "alone", "coserve", *BASELINES]
@@ -92,9 +97,19 @@ def _attainment(cells: list[Result], slo: str) -> Table:
     return Table(headings, rows, f"{slo}: attainment", note)
 
 
-def _requests(contestants: Result, names: Iterable[str]) -> str:
+def _attained(cells: list[Result], name: str, slo: str) -> float | None:
+    """The share of a contestant's requests in these cells; None where it took no part."""
+    found = [c["contestants"][name] for c in cells if name in c["contestants"]]
+    judged = [(c["requests"], c["attainment"][slo]) for c in found if c["attainment"][slo] is not None]
+    return sum(n * share for n, share in judged) / sum(n for n, _ in judged) if judged else None
+
+
+def _requests(cells: list[Result], names: Iterable[str]) -> str:
     """The fewest that any of them had."""
-    return number(min((contestants[name]["requests"] for name in names if name in contestants), default=None))
+    found = [c["contestants"] for c in cells]
+    return number(
+        min((sum(c[name]["requests"] for c in found if name in c) for name in names if any(name in c for c in found)), default=None)
+    )
 
 
 def _training(cells: list[Result], slo: str) -> Table:

@@ -19,7 +19,9 @@ from workloads import Load, Trace
 
 def arguments(**changes: Any) -> argparse.Namespace:
     found = {"quick": False, "temporal": [64, 0], "vllm_python": Path("python"), "rounds": 2, "seconds": 8.0, "seed": 0}
-    return argparse.Namespace(**{**found, "rates": None, "traces": ["bursty"], **changes})
+    return argparse.Namespace(
+        **{**found, "rates": None, "traces": ["bursty"], "contestants": None, "loads": ["light", "mid", "heavy"], **changes}
+    )
 
 
 def test_contestants_take_turns_and_the_costly_ones_come_once() -> None:
@@ -30,6 +32,7 @@ def test_contestants_take_turns_and_the_costly_ones_come_once() -> None:
     assert phases(names, 2) == [*((0, name) for name in names), *((1, name) for name in paired)]
     alone = contestant_names(arguments(quick=True, vllm_python=None, temporal=[128]))
     assert alone == ["inference-loose", "coserve-loose", "finetune", "inference-strict", "coserve-strict", "temporal-128"]
+    assert contestant_names(arguments(contestants=["coserve-mid", "finetune"])) == ["finetune", "coserve-mid"]
 
 
 def test_one_server_is_each_of_ours_by_its_settings() -> None:
@@ -92,8 +95,18 @@ def test_the_estimate_counts_every_phase() -> None:
     assert long - short == pytest.approx(3 * per_cell)
 
 
-def test_every_load_needs_a_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["coserve.py", "--rates", "1", "2"])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--rates", "1", "2"], "light, mid, heavy"),
+        (["--rates", "1", "2", "--loads", "mid"], "loads mid"),
+        (["--contestants", "coserve-loose", "split"], "no 'split'"),  # without --vllm-python
+    ],
+)
+def test_options_that_do_not_go_together(
+    given: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["coserve.py", *given])
     with pytest.raises(SystemExit):
         options()
-    assert "light, mid, heavy" in capsys.readouterr().err
+    assert says in capsys.readouterr().err

@@ -133,6 +133,16 @@ def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
     assert not mid["mid"]["split_attains"]
 
 
+def test_a_grid_of_some_contestants_has_their_figures() -> None:
+    samples = [s for s in cell() if s.contestant.endswith("strict")]
+    where = {"trace": "t", "load": "mid"}
+    found = grid_figures([{**where, **cell_figures(samples, SLOS, ROW)}], samples, SLOS)
+    assert found["attainment"] is found["finetune_tok_s"] is found["leftover_efficiency"] is None
+    assert found["by_load"]["mid"]["strict"]["attainment"] is None
+    assert found["by_load"]["mid"]["strict"]["attainment_inference_only"] == 1.0
+    assert found["by_load"]["mid"]["strict"]["leftover_efficiency"] is None
+
+
 def test_capacity_counts_shares_of_requests() -> None:
     records = [record(ttft=1.0, tpot=0.5, tokens=4), record(ttft=0.0, tpot=0.5, tokens=2)]  # 1, 1.5, 2, 2.5 and 0, 0.5
     assert completed(records, [4, 2, 9], 0.4, 2.0) == pytest.approx(2 / 4 + 1 / 2)

@@ -124,6 +124,8 @@ def test_the_page(results: Path, tmp_path: Path) -> None:
     assert '<td class="met">1.23, bound 1.5 ✓</td>' in page
     assert "<td>0.8, bound 0.99</td>" in page
     assert "<td>21 / 20 / 5</td>" in page
+    assert "all traces, light" in page
+    assert "<td>84 / 80 / 20</td>" in page, "all cells together"
     for figure in ("0.91 ms", "543", "12.3%"):
         assert figure in page
     for figure in ("2,222", "2,352", "abc123", "Abacus"):
