@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -53,13 +52,13 @@ class FusedBatch:
     decode_slots: Tensor  # [D, C] int64
     decode_lengths: Tensor  # [D] int64
     chunks: tuple[AttentionChunk, ...]  # prefill chunks, then windows
-    windows: tuple[WindowRows, ...]
+    windows: tuple[WindowRows, ...]  # by the layer they go on from
     sampled_rows: Tensor  # [S] int64
     sampled: tuple[Request, ...]  # whose rows those are
     prompt_logprob_chunks: tuple[tuple[int, InferenceChunk], ...]  # (first row, chunk) of requests that ask for them
     adapters: BoundAdapters
     tables: Mapping[str, Any]  # cos, sin [N, hd], and those of the adapters
-    without_windows: Callable[[], FusedBatch]  # the rows of requests alone, which are the first ones
+    with_windows: Callable[[int], FusedBatch]  # its first rows: those of the requests and of so many windows (there have to be some)
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +69,7 @@ class FusedBatch:
         plan: StepPlan, cache: KVCache, pool: AdapterPool, rope: tuple[Tensor, Tensor], states: Mapping[Sequence, SequenceState]
     ) -> FusedBatch:
         """`rope`: cos and sin of every position [max_len, hd]. `states`: the trainer's side of each sequence in the plan."""
-        alone = partial(FusedBatch.build, plan.cut(), cache, pool, rope, states)
+        in_order = tuple(sorted(plan.windows, key=lambda w: w.layer))
         rows = _Rows(cache)
         decode = list(takewhile(lambda c: c.is_decode, plan.inference))
         for chunk in plan.inference:
@@ -79,7 +78,7 @@ class FusedBatch:
             tokens = [request.token_at(i) for i in range(chunk.start, chunk.end)]
             rows.place(tokens, request.blocks, chunk.start, slot, own_attention=rows.count >= len(decode))
         windows = []
-        for window in plan.windows:
+        for window in in_order:
             state = states[window.sequence]
             windows.append(WindowRows(rows.count, window, state))
             ids = state.ids[window.start : window.end]
@@ -109,7 +108,7 @@ class FusedBatch:
             prompt_logprob_chunks=tuple(logprobs),
             adapters=adapters,
             tables={"cos": rope[0][positions], "sin": rope[1][positions], **adapters.tables},
-            without_windows=alone,
+            with_windows=lambda n: FusedBatch.build(plan.cut(in_order[:n]), cache, pool, rope, states),
         )
 
 

@@ -113,7 +113,7 @@ class SchedulerConfig:
 
     @property
     def patience(self) -> float:
-        """Seconds that a newcomer waits for windows under way; those that would take longer are dropped, and their work with them."""
+        """Seconds that a newcomer waits for windows under way; those that would take longer stop at the next layer."""
         return PATIENCE * self._most_urgent.ttft
 
     @property

@@ -206,6 +206,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     level: int = 0  # index into the job's levels, chosen when it is admitted
     forward: int = 0
+    under_way: TokenWindow | None = None  # its next rows, which a newcomer interrupted: they can go on from the layer they reached
     layer: int = 0
     row: int = 0
 
@@ -233,6 +234,7 @@ class Sequence:
     def rewind(self) -> None:
         """Back to the start; the caller has released the blocks (and whatever the trainer holds)."""
         self.forward, self.layer, self.row = 0, self.job.num_layers - 1, self.length
+        self.under_way = None
 
 
 # ---------------------------------------------------------------------------------------------------------- one iteration
@@ -263,19 +265,32 @@ class InferenceChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenWindow:
-    """Rows [start, end) of a training sequence, going forward."""
+    """Rows [start, end) of a training sequence, going forward from `layer` on: those below were done when it was interrupted."""
 
     sequence: Sequence
     start: int
     end: int
+    layer: int = 0
 
     @property
     def rows(self) -> int:
         return self.end - self.start
 
     @property
-    def pairs(self) -> int:
-        return _pairs(self.start, self.end)
+    def rows_left(self) -> int:
+        """Rows that would cost as much from the first layer on."""
+        return self._left(self.rows)
+
+    @property
+    def pairs_left(self) -> int:
+        """The same of visible query-key pairs."""
+        return self._left(_pairs(self.start, self.end))
+
+    def _left(self, whole: int) -> int:
+        if not self.layer:
+            return whole
+        layers = self.sequence.job.num_layers
+        return -(-whole * (layers - self.layer) // layers)
 
 
 class SlicePart(NamedTuple):
@@ -379,15 +394,21 @@ class StepPlan:
     predicted: float = 0.0  # seconds, by the latency model
     features: PlanFeatures | None = None  # of all of it, as `features_of` counts them; None where no scheduler made the plan
     interrupted: bool = False  # a request came: this is what was done of a longer plan
+    suspended: tuple[tuple[TokenWindow, int], ...] = ()  # its windows that are under way, and the layer that each has reached
 
     @property
     def is_empty(self) -> bool:
         """Nothing to execute. A plan that only takes memory back is not empty: the trainer has to hear of it."""
         return not (self.inference or self.windows or self.backward or self.optimizer_steps or self.released or self.restarted)
 
-    def cut(self, windows: tuple[TokenWindow, ...] = (), backward: tuple[BackwardSlice, ...] = ()) -> StepPlan:
+    def cut(
+        self,
+        windows: tuple[TokenWindow, ...] = (),
+        backward: tuple[BackwardSlice, ...] = (),
+        suspended: tuple[tuple[TokenWindow, int], ...] = (),
+    ) -> StepPlan:
         """What was done of it when a request came: the inference and so much of the finetuning."""
-        return replace(self, windows=windows, backward=backward, optimizer_steps=(), features=None, interrupted=True)
+        return replace(self, windows=windows, backward=backward, optimizer_steps=(), features=None, interrupted=True, suspended=suspended)
 
     @property
     def inference_rows(self) -> int:

@@ -99,7 +99,7 @@ class Engine:
         """One iteration: some rows of some requests, some rows of some training sequences, one pass.
 
         `waited` says for how many seconds a newcomer has waited (0: nobody came). The backward stops at once, after its slice. Windows
-        stop at the next layer, and go forward again another time, unless they are predicted to end within the newcomer's patience.
+        stop at the next layer, and go on from there another time, unless they are predicted to end within the newcomer's patience.
         """
         start = self.clock()
         done = self.execute(self.scheduler.schedule(start), waited)
@@ -130,7 +130,8 @@ class Engine:
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:
-            return Execution(plan.cut(), tokens)
+            reached = tuple((w, self.trainer.states[w.sequence].reached) for w in plan.windows)
+            return Execution(plan.cut(suspended=reached), tokens)
         done = self.trainer.run_backward(plan, lambda: waited() > 0)
         if done < len(plan.backward):
             return Execution(plan.cut(plan.windows, plan.backward[:done]), tokens, losses)

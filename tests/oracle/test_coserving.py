@@ -189,7 +189,7 @@ def test_job_does_not_notice_requests(exact: World) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_interruptions_change_nothing(seed: int, exact: World) -> None:
-    """Finetuning that gives way at any layer of the forward, within the head or between backward slices is done again, once."""
+    """Finetuning that gives way at any layer of the forward, within the head or between backward slices goes on there another time."""
     alone, alone_spec = exact.alone()
     requests = exact.requests(n=20, span=150)
     answers = Run(exact.engine(seed=3))
@@ -201,6 +201,7 @@ def test_interruptions_change_nothing(seed: int, exact: World) -> None:
     cut = [p for p in run.plans if p.interrupted]
     assert any(not p.windows and not p.backward for p in cut), "in the forward"
     assert any(p.windows or p.backward for p in cut), "in the backward"
+    assert {w.layer for p in run.plans for w in p.windows} == set(range(run.engine.model_config.num_layers + 1)), "goes on anywhere"
     assert_same_training(run, spec, alone, alone_spec)
     run_answers = {r.id: run.tokens[r.id] for _, r in requests}
     assert run_answers == {r.id: answers.tokens[r.id] for _, r in requests}

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flexllm.config import SLO
 from flexllm.core import FinetuneJob, JobStatus, Request, StepPlan
 from flexllm.scheduler.latency import features_of
-from tests.scheduler.fake import FakeEngine, expected_steps, expected_token, make_job, make_request
+from tests.scheduler.fake import FakeEngine, expected_steps, expected_token, interruption, make_job, make_request
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -129,7 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def interrupt(self, data: st.DataObject) -> None:
-        """A command arrives while an iteration runs."""
+        """A command arrives while an iteration runs, which a request may cut short too."""
         requests, jobs = sorted(self.engine.requests), [job.id for job in self.engine.scheduler.jobs]
         commands = [lambda: None]
         if requests:
@@ -142,7 +142,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 lambda: self.engine.scheduler.resume_job(job_id),
                 lambda: self._cancel(job_id),
             ]
-        self.engine.step(data.draw(st.sampled_from(commands)))
+        seed = data.draw(st.none() | st.integers(0, 1000))
+        cut = (lambda plan: plan) if seed is None else interruption(Random(seed))
+        self.engine.step(data.draw(st.sampled_from(commands)), cut)
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -183,7 +185,7 @@ TestScheduler.settings = settings(
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_memory_pressure_never_loses_or_repeats_an_example(seed: int) -> None:
-    """Bursts of requests take the pages of groups in forward and in backward, again and again."""
+    """Bursts of requests interrupt groups in forward and in backward and take their pages, again and again."""
     random = Random(seed)
     engine = FakeEngine(40, 4, slo=SLO(ttft=1e6, tpot=1e6), idle_slice=0.02, max_window_rows=64, max_sequences=3)
     jobs = [make_job(f"j{i}", [random.randint(1, 70) for _ in range(8)], epochs=2, group_size=random.randint(1, 4)) for i in range(2)]
@@ -194,7 +196,7 @@ def test_memory_pressure_never_loses_or_repeats_an_example(seed: int) -> None:
         if random.random() < 0.1:
             requests.append(make_request(f"r{len(requests)}", random.randint(20, 100), random.randint(1, 30), engine.now))
             engine.add_request(requests[-1])
-        engine.step()
+        engine.step(cut=interruption(random) if random.random() < 0.3 else lambda plan: plan)
     engine.run()
     for request in requests:
         produced = [output.token_id for output in engine.outputs[request.id]]

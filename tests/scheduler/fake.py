@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from flexllm.config import SLO, SchedulerConfig
-from flexllm.core import FinetuneJob, Request, SamplingParams, SaveLevel, StepPlan, StepResult, TokenLogprob, TokenOutput
+from flexllm.core import FinetuneJob, Request, SamplingParams, SaveLevel, StepPlan, StepResult, TokenLogprob, TokenOutput, TokenWindow
 from flexllm.memory.block_pool import BlockPool
 from flexllm.memory.budget import ByteBudget
 from flexllm.scheduler.jobs import epoch_order
@@ -70,6 +71,7 @@ class FakeEngine:
         self.requests: dict[str, Request] = {}
         self._computed: dict[str, int] = {}
         self._forward: dict[int, int] = {}
+        self._under_way: dict[int, TokenWindow] = {}  # from the layers that they reached
         self._staircase: dict[int, list[int]] = {}  # lowest row done at each layer
         self._ledger: dict[str, list[int]] = defaultdict(list)  # examples whose gradients are in
 
@@ -98,8 +100,8 @@ class FakeEngine:
         self.scheduler.reconfigure(self.config)
 
     # -------------------------------------------------------------------------------------------------------- iterations
-    def step(self, between: Callable[[], None] = lambda: None) -> StepPlan:
-        """One iteration; `between` runs after the plan is made and before its result is booked."""
+    def step(self, between: Callable[[], None] = lambda: None, cut: Callable[[StepPlan], StepPlan] = lambda plan: plan) -> StepPlan:
+        """One iteration; `between` runs after the plan is made and before its result is booked, `cut` says what of it is done."""
         decoding = {r.id for r in self.requests.values() if r.is_decoding}
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check_integrity()
@@ -109,6 +111,7 @@ class FakeEngine:
         if plan.inference:
             preempted = {r.id for r in self.requests.values() if r.num_computed == 0}  # and perhaps admitted again at once
             assert decoding - preempted <= {c.request.id for c in plan.inference if c.is_decode}, "a decoding request was left out"
+        plan = cut(plan)
         tokens = self._run_inference(plan)
         self._run_finetuning(plan)
         end = self.now + max(plan.predicted * self.noise(), 1e-6)
@@ -169,10 +172,15 @@ class FakeEngine:
             sequence = window.sequence
             assert window.start == self._forward.get(sequence.id, 0) < window.end <= sequence.length
             assert len(sequence.blocks) * self.pool.block_size >= window.end
+            self._go_on(window)
             self._forward[sequence.id] = window.end
             if window.end == sequence.length and not sequence.train:
                 self.validations[sequence.job.id].append((sequence.job.step, sequence.example))
                 self._drop(sequence.id)
+        for window, layer in plan.suspended:
+            assert window.start == self._forward.get(window.sequence.id, 0)
+            self._go_on(window)
+            self._under_way[window.sequence.id] = replace(window, layer=layer)
         for item in plan.backward:
             assert len({part.sequence.job.id for part in item.parts}) == 1
             for part in item.parts:
@@ -188,9 +196,27 @@ class FakeEngine:
         for job in plan.optimizer_steps:
             self.steps[job.id].append(sorted(self._ledger.pop(job.id)))
 
+    def _go_on(self, window: TokenWindow) -> None:
+        begun = self._under_way.pop(window.sequence.id, None)
+        assert window.layer == 0 or window == begun, "it goes on from another place than where it stopped"
+
     def _drop(self, sequence_id: int) -> None:
         self._forward.pop(sequence_id, None)
+        self._under_way.pop(sequence_id, None)
         self._staircase.pop(sequence_id, None)
+
+
+def interruption(random: Random) -> Callable[[StepPlan], StepPlan]:
+    """Cuts a plan somewhere: windows at any layer, the backward behind any slice."""
+
+    def cut(plan: StepPlan) -> StepPlan:
+        if plan.windows and random.random() < 0.7:
+            return plan.cut(suspended=tuple((w, random.randint(w.layer, LAYERS)) for w in plan.windows))
+        if plan.windows or plan.backward or plan.optimizer_steps:
+            return plan.cut(plan.windows, plan.backward[: random.randint(0, len(plan.backward))])
+        return plan
+
+    return cut
 
 
 def simple_model(row: float = 0.0, **coefficients: float) -> LatencyModel:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from flexllm.config import SLO
-from flexllm.core import JobStatus, StepResult
+from flexllm.core import JobStatus, StepResult, TokenWindow
 from flexllm.scheduler.jobs import epoch_order
 from tests.scheduler.fake import LAYERS, LOWEST, FakeEngine, expected_steps, make_job, make_request, simple_model
 
@@ -201,21 +201,62 @@ def test_time_is_shared_by_weight():
 
 
 def test_only_time_that_did_something_counts():
-    """What is dropped for a newcomer is no job's share: here the windows, then all slices but the first."""
+    """What is left undone for a newcomer is no job's share: here two of the windows' three layers, then all slices but the first."""
     engine = FakeEngine(num_blocks=400, idle_slice=1.0)
     job = make_job("j", [64] * 4, group_size=4)
     engine.scheduler.add_job(job)
     scheduler = engine.scheduler
     plan = scheduler.schedule(engine.now)
     assert plan.windows
-    scheduler.update(replace(plan, windows=(), backward=(), optimizer_steps=(), interrupted=True), StepResult({}, end=0.1))
+    scheduler.update(plan.cut(suspended=tuple((w, 0) for w in plan.windows)), StepResult({}, end=0.1))
     assert job.served == 0
+    whole = scheduler.schedule(engine.now)
+    assert whole == plan, "nothing was done"
+    scheduler.update(whole.cut(suspended=tuple((w, 1) for w in whole.windows)), StepResult({}, end=0.1))
+    assert 0.2 * whole.predicted < job.served < 0.4 * whole.predicted
     while not (plan := scheduler.schedule(engine.now)).backward:
         scheduler.update(plan, StepResult({}, end=plan.predicted))
-    before, whole = job.served, plan.predicted
+    before, whole = job.served, plan
     assert len(plan.backward) > 1
-    scheduler.update(replace(plan, backward=plan.backward[:1], optimizer_steps=(), interrupted=True), StepResult({}, end=0.1))
-    assert 0 < job.served - before < 0.8 * whole
+    scheduler.update(whole.cut(backward=plan.backward[:1]), StepResult({}, end=0.1))
+    assert 0 < job.served - before < 0.8 * whole.predicted
+
+
+def interrupted_window() -> tuple[FakeEngine, TokenWindow]:
+    """A window of 64 rows that a newcomer stopped behind the first of three layers."""
+    engine = FakeEngine(num_blocks=400, latency=simple_model(row=1e-3, t0=1e-3), idle_slice=1.0)
+    engine.scheduler.add_job(make_job("j", [64], group_size=1))
+    plan = engine.step(cut=lambda plan: plan.cut(suspended=tuple((w, 1) for w in plan.windows)))
+    ((window, _),) = plan.suspended
+    return engine, window
+
+
+def test_an_interrupted_window_goes_on_where_it_was():
+    engine, window = interrupted_window()
+    plan = engine.step()
+    assert plan.windows == (replace(window, layer=1),)
+    assert plan.predicted == pytest.approx(44e-3), "two thirds of 64 rows"
+    assert window.sequence.forward == 64
+
+
+def test_an_interrupted_window_starts_over_when_its_rest_fits_no_more():
+    engine, window = interrupted_window()
+    engine.reconfigure(idle_slice=0.03)
+    (smaller,) = engine.step().windows
+    assert (smaller.start, smaller.layer) == (0, 0)
+    assert 20 < smaller.end < 30, "as many as fit"
+    assert window.sequence.under_way is None
+    engine.run()
+    assert engine.steps["j"] == [[0]]
+
+
+def test_an_interrupted_window_is_lost_with_its_pages():
+    engine, window = interrupted_window()
+    engine.scheduler.pause_job("j")
+    engine.step()
+    assert window.sequence.under_way is None
+    engine.scheduler.resume_job("j")
+    assert [w.layer for w in engine.step().windows] == [0]
 
 
 def test_tenants_share_equally_however_many_jobs_they_have():

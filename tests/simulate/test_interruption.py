@@ -1,4 +1,4 @@
-"""A request that comes while an iteration finetunes waits for no more than a boundary; what was cut is done again, once."""
+"""A request that comes while an iteration finetunes waits for no more than a boundary; what was cut off is done another time, once."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_windows_stop_after_the_layer_under_way_and_inference_goes_on_alone():
     for layer in range(LAYERS):
         share = (layer + 1) / LAYERS
         cut = whole.interrupted(START + (share - 0.1) * (FORWARD_END - START), LATENCY, 0.0)
-        assert cut.plan == StepPlan(inference=PREFILL, interrupted=True)
+        assert cut.plan == StepPlan(inference=PREFILL, interrupted=True, suspended=((WINDOWS[0], layer + 1),))
         assert cut.end == pytest.approx(share * FORWARD_END + (1 - share) * INFERENCE_END)
     without = begun("windows").interrupted(START + 1e-6, LATENCY, 0.0)
-    assert without.plan == StepPlan(interrupted=True)
+    assert without.plan == StepPlan(interrupted=True, suspended=((WINDOWS[0], 1),))
     assert without.end == pytest.approx(START + FACTOR * (T0 + 80 * ROW + 80e-4) / LAYERS)
 
 

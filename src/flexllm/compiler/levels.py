@@ -163,10 +163,12 @@ class LevelPlan:
         return sum(saved_tensor(n).bytes_per_token(job.itemsize) for c in self.choices for n in c.saved)
 
     def _gradient_bytes(self, depth: int) -> int:
-        """Per token: the gradient on its way down, and the dK/dV accumulators of the layers under way."""
+        """Per token: the gradient on its way down, and the dK/dV accumulators of the layers under way or, before there are any, the rows
+        of a window that was interrupted."""
         config, itemsize = self.job.config, self.job.itemsize
+        row = config.hidden_size * itemsize
         accumulators = 2 * config.num_kv_heads * config.head_dim * max(4, itemsize)
-        return config.hidden_size * itemsize + min(depth, len(self.job.kinds)) * accumulators
+        return row + max(row, min(depth, len(self.job.kinds)) * accumulators)
 
     def program(self) -> LevelProgram:
         job = self.job

@@ -45,9 +45,13 @@ class Trainer:
         for job in plan.restarted:
             self.jobs[job.id].ledger.zero()
         for window in plan.windows:
-            if window.start == 0:
+            if window.start == window.layer == 0:
                 self.states[window.sequence] = self._new_state(window)
                 self._sums[window.sequence] = LossSums()
+            state = self.states[window.sequence]
+            if window.layer == 0:
+                state.under_way = None
+            assert window.layer == 0 or (state.under_way is not None and window.layer == state.reached)
 
     def _new_state(self, window: TokenWindow) -> SequenceState:
         sequence = window.sequence
@@ -61,7 +65,7 @@ class Trainer:
     def finish_forward(
         self, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[WindowLoss, ...] | None:
-        """hidden [N, d]; see finetune/window.py. None: the windows did not come to their end, and will go forward again."""
+        """hidden [N, d]; see finetune/window.py. None: the windows did not come to their end, and can go on from where they are."""
         losses = finish_forward(self.model, hidden, batch, interrupted)
         if losses is None:
             return None
@@ -69,6 +73,7 @@ class Trainer:
             self._sums[loss.sequence].add(loss.loss_sum, loss.labels, loss.correct)
         for rows in batch.windows:
             sequence = rows.window.sequence
+            rows.state.under_way = None
             if sequence.train:
                 self.jobs[sequence.job.id].phase_tokens["forward"] += rows.window.rows
             elif rows.window.end == sequence.length:

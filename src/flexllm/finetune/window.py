@@ -20,12 +20,16 @@ def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch, interrupte
     their `grad`. Nothing of the head is kept (algorithms.md 4.4).
 
     The gradient is that of the *summed* loss; the optimizer step divides by the group's number of labels. None if the forward, or
-    this, was `interrupted` before all of it was done.
+    this, was `interrupted` before all of it was done: the windows are suspended.
     """
     if len(hidden) < batch.num_rows:
         return None
     losses = [_loss(model, hidden[rows.span], rows, interrupted) for rows in batch.windows]
-    return None if None in losses else tuple(loss for loss in losses if loss is not None)
+    if None in losses:
+        for rows in batch.windows:
+            rows.state.suspend(model.config.num_layers, hidden[rows.span])
+        return None
+    return tuple(loss for loss in losses if loss is not None)
 
 
 def _loss(model: Decoder, x: Tensor, rows: WindowRows, interrupted: Callable[[], bool]) -> WindowLoss | None:

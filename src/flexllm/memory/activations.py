@@ -71,6 +71,8 @@ class SequenceState:
     store: ActivationStore
     dropout_seed: int | None = None  # None: nothing is dropped (validation)
     grad: Tensor | None = None
+    under_way: Tensor | None = None  # [n, d]: rows of an interrupted window, as the layer that it reached will take them
+    reached: int = 0  # that layer
     kv_grad: dict[int, Tensor] = field(default_factory=dict)
 
     def prepare(self, layer: int) -> frozenset[str]:
@@ -83,6 +85,10 @@ class SequenceState:
 
     @property
     def bytes(self) -> int:
-        """Held now: the saved set and the gradients in flight."""
-        grads = [*self.kv_grad.values(), *([] if self.grad is None else [self.grad])]
-        return self.store.bytes + sum(g.nbytes for g in grads)
+        """Held now: the saved set, the gradients in flight and a window under way."""
+        others = (*self.kv_grad.values(), self.grad, self.under_way)
+        return self.store.bytes + sum(t.nbytes for t in others if t is not None)
+
+    def suspend(self, layer: int, rows: Tensor) -> None:
+        """Keep the rows of a window whose layers below `layer` are done."""
+        self.reached, self.under_way = layer, rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexllm.batch import FusedBatch
+from flexllm.batch import FusedBatch, WindowRows
 from flexllm.compiler.levels import JobCompiler
 from flexllm.compiler.program import ForwardPrograms
 from flexllm.compiler.remat import DeviceCosts
@@ -82,6 +82,47 @@ class LayerContext:
                 rows.state.store.write(self.layer, name, rows.window.start, pack(own) if pack else own)
 
 
+class _RowsUnderWay:
+    """The rows of a batch on their way through the layers: all but those of windows that come in later, or were suspended."""
+
+    def __init__(self, model: Decoder, batch: FusedBatch, cache: KVCache) -> None:
+        self._model, self._whole, self._cache = model, batch, cache
+        self._suspended = False
+        self.windows: tuple[WindowRows, ...] = ()
+        self.x = model.embed[:0]
+
+    def take_in(self, layer: int) -> None:
+        """The rows that begin at `layer`."""
+        windows = self._whole.windows[: sum(w.window.layer <= layer for w in self._whole.windows)]
+        if self._suspended or (layer > 0 and len(windows) == len(self.windows)):
+            return
+        if layer > 0:
+            waiting = (w.state.under_way for w in windows[len(self.windows) :])
+            self.x = torch.cat([self.x, *(x for x in waiting if x is not None)])
+        self._have(windows)
+        if layer == 0 and (windows or self._has_requests):
+            self.x = self._model.embedded(self.batch.token_ids)
+
+    def suspend_windows(self, layer: int) -> None:
+        """Keep their rows in their states; the requests' go on."""
+        for rows in self.windows:
+            rows.state.suspend(layer, self.x[rows.span])
+        self.x = self.x[: self.windows[0].row]
+        self._suspended = True
+        self._have(())
+
+    def _have(self, windows: tuple[WindowRows, ...]) -> None:
+        self.windows = windows
+        if not (windows or self._has_requests):
+            return
+        self.batch = self._whole if len(windows) == len(self._whole.windows) else self._whole.with_windows(len(windows))
+        self.context = LayerContext(self.batch, self._cache, self._model.kernels, self._model.attention_scale)
+
+    @property
+    def _has_requests(self) -> bool:
+        return not self._whole.windows or self._whole.windows[0].row > 0
+
+
 def _parts(qkv_bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, ...]:
     sizes = [site_shapes(config)[name][0] for name in ("q_proj", "k_proj", "v_proj")]
     return () if qkv_bias is None else qkv_bias.split(sizes)
@@ -121,24 +162,22 @@ class Decoder:
     def forward(self, batch: FusedBatch, cache: KVCache, interrupted: Callable[[], bool] = lambda: False) -> Tensor:
         """Hidden states [N, d] before the final norm; K and V of every row go to the pages, saved values to their stores.
 
-        Once `interrupted`, the window rows end at the next layer: what is returned are the rows before them.
+        Windows that were interrupted before come in at the layer they had reached. Once `interrupted`, all windows are suspended at the
+        next layer, their rows kept in their states: what is returned are the rows before them.
         """
-        x = self.embedded(batch.token_ids)
-        context = LayerContext(batch, cache, self.kernels, self.attention_scale)
-        bindings, parameters = batch.adapters.bindings, batch.adapters.parameters
+        rows = _RowsUnderWay(self, batch, cache)
         for index, layer in enumerate(self.layers):
-            if batch.windows and interrupted():
-                x = x[: batch.windows[0].row]
-                if not len(x):
-                    break
-                batch = batch.without_windows()
-                context = LayerContext(batch, cache, self.kernels, self.attention_scale)
-                bindings, parameters = batch.adapters.bindings, batch.adapters.parameters
-            context.layer = index
-            saves = frozenset().union(*(w.state.prepare(index) for w in batch.windows)) if batch.windows else frozenset()
-            run = self.programs.get(bindings, index == 0, saves)
-            x = run(x, layer, parameters[index], {**batch.tables, "layer": index}, context)
-        return x
+            rows.take_in(index)
+            if rows.windows and interrupted():
+                rows.suspend_windows(index)
+            if not len(rows.x):
+                continue
+            rows.context.layer = index
+            saves = frozenset().union(*(w.state.prepare(index) for w in rows.windows))
+            run = self.programs.get(rows.batch.adapters.bindings, index == 0, saves)
+            rows.x = run(rows.x, layer, rows.batch.adapters.parameters[index], {**rows.batch.tables, "layer": index}, rows.context)
+        rows.take_in(len(self.layers))
+        return rows.x
 
     def embedded(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, d]. Virtual tokens (-1) get some row: an adapter puts its own in its place, or in that of its keys and

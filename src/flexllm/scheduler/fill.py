@@ -71,6 +71,13 @@ class SlackFill:
     def _forward(self, state: JobState, share: int) -> bool:
         """Windows for the sequences of a job. False when they used up the time."""
         for sequence in self._going_forward(state, share):
+            if (window := sequence.under_way) is not None and window.rows <= self._window_rows_left:
+                if self._latency.predict(self.features + _features_of(window)) <= self._budget:
+                    self._add_window(state, window)
+                    continue
+                if self._fits_later(window) and self._waits(state):
+                    return True
+                # else it starts over, with fewer rows
             limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
             labels = partial(expected_labels, sequence)
             rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
@@ -79,8 +86,7 @@ class SlackFill:
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
             if rows > 0:
-                self._add_window(sequence, rows)
-                state.waited = 0
+                self._add_window(state, _window(sequence, rows))
             if rows < limit:
                 return rows == 0  # where not one row fits, a slice may
         return True
@@ -101,11 +107,11 @@ class SlackFill:
         while self._window_rows_left and (sequence := self._jobs.admit_next(state, share)) is not None:
             yield sequence
 
-    def _add_window(self, sequence: Sequence, rows: int) -> None:
-        window = _window(sequence, rows)
-        self._jobs.grow(sequence, window.end)
+    def _add_window(self, state: JobState, window: TokenWindow) -> None:
+        self._jobs.grow(window.sequence, window.end)
         self.windows.append(window)
-        self._window_rows_left -= rows
+        self._window_rows_left -= window.rows
+        state.waited = 0
         self._count(_features_of(window), window)
 
     # --------------------------------------------------------------------------------------------------------- backward
@@ -249,7 +255,7 @@ def _window(sequence: Sequence, rows: int) -> TokenWindow:
 
 def _features_of(window: TokenWindow) -> PlanFeatures:
     labels = expected_labels(window.sequence, window.rows)
-    return PlanFeatures(rows=window.rows, prefill_pairs=window.pairs, label_rows=labels, windows=1)
+    return PlanFeatures(rows=window.rows_left, prefill_pairs=window.pairs_left, label_rows=labels, windows=1)
 
 
 def _features_of_slice(item: BackwardSlice) -> PlanFeatures:

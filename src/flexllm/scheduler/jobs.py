@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 
 from flexllm.core import BackwardSlice, FinetuneJob, JobStatus, Sequence, StepPlan, TokenWindow
@@ -239,6 +240,11 @@ class JobTable:
         for window in plan.windows:
             self._charge(window.sequence.job, seconds[window])
             self._advance_forward(window)
+        for window, layer in plan.suspended:
+            job = window.sequence.job
+            self._charge(job, seconds[window] * (layer - window.layer) / job.num_layers)
+            if self._state_of(window.sequence) is not None:
+                window.sequence.under_way = replace(window, layer=layer) if layer else None
         for item in plan.backward:
             self._charge(item.job, seconds[item])
             self._advance_backward(item)
@@ -253,11 +259,14 @@ class JobTable:
             undone = [q for q in job.group if not q.done]
             assert {q.id for q in undone} == state.admitted.keys() | {q.id for q in state.pending}
             assert len(undone) == state.num_undone
-            assert all(q.forward == 0 and not q.blocks and not q.backward_begun for q in state.pending)
+            assert all(q.forward == 0 and not (q.blocks or q.under_way or q.backward_begun) for q in state.pending)
             for sequence in state.admitted.values():
                 assert 0 <= sequence.forward <= min(sequence.length, len(sequence.blocks) * self._pool.block_size)
                 assert len(sequence.blocks) <= self._pool.blocks_for(sequence.length)
                 assert sequence.forward_done or not sequence.backward_begun
+                if (window := sequence.under_way) is not None:
+                    assert sequence.forward == window.start < window.end <= len(sequence.blocks) * self._pool.block_size
+                    assert 0 < window.layer <= job.num_layers
                 assert self._budget.held_by(_owner(sequence)) == _saved_bytes(sequence)
         assert sum(len(s.admitted) for s in self._states.values()) <= self._max_sequences
         assert self._served.keys() == {s.job.tenant for s in self._states.values()}
@@ -318,7 +327,7 @@ class JobTable:
         if state is None:
             return
         assert sequence.forward == window.start
-        sequence.forward = window.end
+        sequence.forward, sequence.under_way = window.end, None
         if sequence.done:
             self._complete(state, sequence)
             if state.num_undone == 0:  # only a validation pass ends with a forward

@@ -56,10 +56,10 @@ def features_of(plan: StepPlan) -> PlanFeatures:
             prefill_rows += chunk.rows
             prefill_pairs += chunk.pairs
     return PlanFeatures(
-        rows=decode_rows + prefill_rows + plan.window_rows,
+        rows=decode_rows + prefill_rows + sum(w.rows_left for w in plan.windows),
         decode_rows=decode_rows,
         decode_context=decode_context,
-        prefill_pairs=prefill_pairs + sum(w.pairs for w in plan.windows),
+        prefill_pairs=prefill_pairs + sum(w.pairs_left for w in plan.windows),
         sampled_rows=sampled,
         label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
         windows=len(plan.windows),

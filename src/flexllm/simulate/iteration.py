@@ -26,21 +26,24 @@ class Iteration:
     def interrupted(self, now: float, latency: LatencyModel, patience: float) -> Iteration:
         """What is left of it when a request comes `now`, before its end: finetuning stops at the next boundary.
 
-        In the forward that is the next layer (inference goes on alone through the others, and the windows are not done) unless all of it
+        In the forward that is the next layer (inference goes on alone through the others, the windows are suspended) unless all of it
         ends within `patience`, in the backward the end of the slice under way. An optimizer step that has begun is finished.
         """
         assert self.start <= now < self.end
         plan = self.plan
         if plan.interrupted or not (plan.windows or plan.backward or plan.optimizer_steps):
             return self
-        alone = plan.cut()
         if plan.windows:
+            alone = plan.cut()
             whole, rest = (self.factor * latency.predict(features_of(p)) for p in (plan.cut(plan.windows), alone))
             spent = now - self.start
             if spent + patience < whole:
                 layers = plan.windows[0].sequence.job.num_layers
-                share = math.ceil(spent / whole * layers) / layers
-                return replace(self, plan=alone, end=self.start + share * whole + (1 - share) * rest)
+                first = 0 if plan.inference else min(w.layer for w in plan.windows)
+                done = math.ceil(spent / whole * (layers - first))
+                share = done / (layers - first) if first < layers else 1.0
+                suspended = tuple((w, max(w.layer, first + done)) for w in plan.windows)
+                return replace(self, plan=plan.cut(suspended=suspended), end=self.start + share * whole + (1 - share) * rest)
 
         forward = features_of(plan.cut(plan.windows))
 
