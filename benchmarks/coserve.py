@@ -68,14 +68,18 @@ class Setting:
 
 
 # ---------------------------------------------------------------------------------------------------------- who takes part
-def contestant_names(args: argparse.Namespace) -> list[str]:
-    """Those that are in every round first, so that what is compared is side by side. `--contestants` picks some of them."""
+def all_contestants(args: argparse.Namespace) -> list[str]:
+    """Those that are in every round first, so that what is compared is side by side."""
     coserve = [f"{mode}-{slo}" for slo in SLOS if not (args.quick and slo == "mid") for mode in ("inference", "coserve")]
     temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
     vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
     found = {"finetune", *coserve, *temporal, *vllm}
-    names = [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
-    return [n for n in names if n in (args.contestants or names)]
+    return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
+
+
+def contestant_names(args: argparse.Namespace) -> list[str]:
+    """All of them, or those that `--contestants` picks."""
+    return [n for n in all_contestants(args) if args.contestants is None or n in args.contestants]
 
 
 def scheduler_settings(name: str, slos: Slos) -> dict[str, Any]:
@@ -249,8 +253,8 @@ def options() -> argparse.Namespace:
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
     if args.rates and len(args.rates) != len(args.loads):
         found.error(f"--rates needs one rate for each of the loads {', '.join(args.loads)}")
-    known = contestant_names(argparse.Namespace(**{**vars(args), "contestants": None}))
-    if unknown := sorted({*(args.contestants or ())} - {*known}):
+    known = all_contestants(args)
+    if unknown := [n for n in args.contestants or () if n not in known]:
         found.error(f"--contestants: no {unknown[0]!r}; there are {', '.join(known)}")
     return args
 

@@ -357,7 +357,7 @@ class PlanFeatures(NamedTuple):
     A named tuple, because several are built per iteration: a frozen dataclass takes three times as long.
     """
 
-    rows: int = 0  # forward rows: inference and windows
+    rows: int = 0  # forward rows: inference and windows (`rows_left` of them)
     decode_rows: int = 0
     decode_context: int = 0  # keys that decode rows see
     prefill_pairs: int = 0  # query-key pairs of prefill and window rows

@@ -100,8 +100,9 @@ class FakeEngine:
         self.scheduler.reconfigure(self.config)
 
     # -------------------------------------------------------------------------------------------------------- iterations
-    def step(self, between: Callable[[], None] = lambda: None, cut: Callable[[StepPlan], StepPlan] = lambda plan: plan) -> StepPlan:
-        """One iteration; `between` runs after the plan is made and before its result is booked, `cut` says what of it is done."""
+    def step(self, between: Callable[[], None] = lambda: None, cut: Callable[[StepPlan], StepPlan] | None = None) -> StepPlan:
+        """One iteration; `between` runs after the plan is made and before its result is booked, `cut` says what of it is done
+        (None: all)."""
         decoding = {r.id for r in self.requests.values() if r.is_decoding}
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check_integrity()
@@ -111,7 +112,7 @@ class FakeEngine:
         if plan.inference:
             preempted = {r.id for r in self.requests.values() if r.num_computed == 0}  # and perhaps admitted again at once
             assert decoding - preempted <= {c.request.id for c in plan.inference if c.is_decode}, "a decoding request was left out"
-        plan = cut(plan)
+        plan = cut(plan) if cut else plan
         tokens = self._run_inference(plan)
         self._run_finetuning(plan)
         end = self.now + max(plan.predicted * self.noise(), 1e-6)

@@ -90,5 +90,5 @@ class SequenceState:
         return self.store.bytes + sum(t.nbytes for t in others if t is not None)
 
     def suspend(self, layer: int, rows: Tensor) -> None:
-        """Keep the rows of a window whose layers below `layer` are done."""
-        self.reached, self.under_way = layer, rows
+        """Keep the rows of a window whose layers below `layer` are done: copied, as they are part of a batch that would be kept whole."""
+        self.reached, self.under_way = layer, rows.clone()

@@ -88,20 +88,18 @@ class _RowsUnderWay:
     def __init__(self, model: Decoder, batch: FusedBatch, cache: KVCache) -> None:
         self._model, self._whole, self._cache = model, batch, cache
         self._suspended = False
-        self.windows: tuple[WindowRows, ...] = ()
-        self.x = model.embed[:0]
+        self._have(self._begun_by(0))
+        later = batch.windows[len(self.windows) :]
+        self.x = model.embedded(batch.token_ids[: later[0].row] if later else batch.token_ids)
 
     def take_in(self, layer: int) -> None:
-        """The rows that begin at `layer`."""
-        windows = self._whole.windows[: sum(w.window.layer <= layer for w in self._whole.windows)]
-        if self._suspended or (layer > 0 and len(windows) == len(self.windows)):
+        """Windows that go on from `layer`, with the rows that their states kept."""
+        windows = self._begun_by(layer)
+        if self._suspended or len(windows) == len(self.windows):
             return
-        if layer > 0:
-            waiting = (w.state.under_way for w in windows[len(self.windows) :])
-            self.x = torch.cat([self.x, *(x for x in waiting if x is not None)])
+        kept = [w.state.under_way for w in windows[len(self.windows) :]]
+        self.x = torch.cat([self.x, *(x for x in kept if x is not None)])
         self._have(windows)
-        if layer == 0 and (windows or self._has_requests):
-            self.x = self._model.embedded(self.batch.token_ids)
 
     def suspend_windows(self, layer: int) -> None:
         """Keep their rows in their states; the requests' go on."""
@@ -110,6 +108,9 @@ class _RowsUnderWay:
         self.x = self.x[: self.windows[0].row]
         self._suspended = True
         self._have(())
+
+    def _begun_by(self, layer: int) -> tuple[WindowRows, ...]:
+        return tuple(w for w in self._whole.windows if w.window.layer <= layer)
 
     def _have(self, windows: tuple[WindowRows, ...]) -> None:
         self.windows = windows
