@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import subprocess
@@ -10,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from openai import AsyncOpenAI
 from rich.console import Console
 
-from flexllm.cli.demo.load import LoadStats, Sample, percentile
+from flexllm.cli.demo import load
+from flexllm.cli.demo.load import LoadStats, Sample, percentile, rate_for
 from flexllm.cli.demo.run import DATA, Question
 from flexllm.cli.demo.view import KINDS, DemoState, composition, panel, plain, sparkline
 from flexllm.config import SLO
@@ -55,6 +58,22 @@ def test_attainment_counts_both_objectives_and_failures():
     stats = LoadStats(sent=4, failed=1, samples=[Sample(0.5, 0.05, 10), Sample(3.0, 0.05, 10), Sample(0.5, 0.5, 10)])
     assert stats.attainment(SLO(ttft=1.0, tpot=0.1)) == pytest.approx(0.25)
     assert LoadStats().attainment(SLO()) == 1.0
+
+
+def test_the_rate_fills_half_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    async def rate(*answers: Sample | None) -> float:
+        coming = iter(answers)
+
+        async def ask(*_: object) -> Sample | None:
+            return next(coming)
+
+        monkeypatch.setattr(load, "_ask", ask)
+        async with AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none") as client:
+            return await rate_for(client, "model", 40)
+
+    assert asyncio.run(rate(Sample(5.0, 0.2, 30), Sample(0.55, 0.05, 30), None)) == pytest.approx(0.5 / 2.0)
+    with pytest.raises(RuntimeError, match="no chat request"):
+        asyncio.run(rate(None, None, None))
 
 
 def test_percentile_is_nearest_rank():

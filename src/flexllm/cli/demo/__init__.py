@@ -15,7 +15,9 @@ from flexllm.config import SLO
 
 def demo(
     model: Model = DEFAULT_MODEL,
-    rate: Annotated[float, typer.Option(help="Chat requests per second, Poisson arrivals.", min=0.01)] = 0.5,
+    rate: Annotated[
+        float | None, typer.Option(help="Chat requests per second, Poisson arrivals (default: what fills half of this machine).", min=0.01)
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer of the load.", min=2)] = 40,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 3,
     slo_ttft: Annotated[float, typer.Option(help="Objective for the time to the first token, seconds.")] = 1.0,

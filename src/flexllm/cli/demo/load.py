@@ -32,6 +32,8 @@ PROMPTS = (
     "What makes bread rise?",
     "Give me an idea for a rainy Sunday with children.",
 )
+BUSY = 0.5  # share of its time that the server would need if it answered the requests one at a time, and did nothing else
+PROBES = 3  # answers that say how fast the machine is
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,13 @@ class LoadStats:
     failed: int = 0
     samples: list[Sample] = field(default_factory=list)
 
+    def count(self, answer: Sample | None) -> None:
+        """An answer, or None for a request that failed."""
+        if answer is None:
+            self.failed += 1
+        else:
+            self.samples.append(answer)
+
     def attainment(self, slo: SLO) -> float:
         """Share of the requests that met both objectives; a failed one met neither."""
         ended = len(self.samples) + self.failed
@@ -64,23 +73,38 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")
 
 
+async def rate_for(client: AsyncOpenAI, model: str, max_tokens: int) -> float:
+    """Requests per second that keep this machine busy for BUSY of its time. RuntimeError if the server answers none."""
+    # As many tokens as the load's answers have on average.
+    answers = [await _ask(client, model, prompt, 3 * max_tokens // 4) for prompt in PROMPTS[:PROBES]]
+    seconds = [a.ttft + a.tpot * (a.tokens - 1) for a in answers if a is not None]
+    if not seconds:
+        raise RuntimeError("the server answers no chat request")
+    return BUSY / min(seconds)  # the first answer is slower than those to come, and so is one while something else runs
+
+
 async def run_load(
     client: AsyncOpenAI, model: str, rate: float, max_tokens: int, stats: LoadStats, stop: asyncio.Event, seed: int = 0
 ) -> None:
     """Send `rate` streaming chat requests per second until `stop`, then wait for the last answers; `stats` fills as they end."""
+
+    async def request(prompt: str, tokens: int) -> None:
+        stats.sent += 1
+        stats.count(await _ask(client, model, prompt, tokens))
+
     rng = random.Random(seed)
     async with asyncio.TaskGroup() as group:
         while not stop.is_set():
             try:
                 await asyncio.wait_for(stop.wait(), rng.expovariate(rate))
             except TimeoutError:  # the next arrival
-                group.create_task(_ask(client, model, rng.choice(PROMPTS), rng.randint(max_tokens // 2, max_tokens), stats))
+                group.create_task(request(rng.choice(PROMPTS), rng.randint(max_tokens // 2, max_tokens)))
 
 
-async def _ask(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int, stats: LoadStats) -> None:
+async def _ask(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> Sample | None:
+    """One streamed answer of so many tokens; None if it failed."""
     from openai import OpenAIError
 
-    stats.sent += 1
     begin = time.perf_counter()
     first = last = 0.0
     tokens = 0
@@ -102,8 +126,7 @@ async def _ask(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int, st
                 if chunk.choices[0].delta.content:
                     first = first or last
     except OpenAIError:
-        tokens = 0
+        return None
     if tokens == 0 or first == 0.0:
-        stats.failed += 1
-        return
-    stats.samples.append(Sample(first - begin, (last - first) / (tokens - 1) if tokens > 1 else 0.0, tokens))
+        return None
+    return Sample(first - begin, (last - first) / (tokens - 1) if tokens > 1 else 0.0, tokens)

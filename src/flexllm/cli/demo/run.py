@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
 
-from flexllm.cli.demo.load import percentile, run_load
+from flexllm.cli.demo.load import percentile, rate_for, run_load
 from flexllm.cli.demo.server import running_server
 from flexllm.cli.demo.view import DemoState, View, view_of
 from flexllm.config import SLO
@@ -42,7 +42,7 @@ class Question:
 
 
 async def run_demo(
-    model: str, slo: SLO, state_dir: Path, *, rate: float, max_tokens: int, epochs: int, time_limit: float, threads: int | None
+    model: str, slo: SLO, state_dir: Path, *, rate: float | None, max_tokens: int, epochs: int, time_limit: float, threads: int | None
 ) -> bool:
     """Run it all; True if every taught fact came back. RuntimeError if the server or the job fails, or time is up."""
     task = asyncio.current_task()
@@ -55,11 +55,11 @@ async def run_demo(
             async with asyncio.timeout(time_limit):
                 console.print("Starting the server: it loads the model and takes a latency profile ...")
                 await server.wait_ready(STARTUP_SECONDS)
-                console.print(
-                    f"Server up on {server.url} after {time.monotonic() - state.begin:.0f} s, {rate:g} chat requests/s from now on"
-                )
+                console.print(f"Server up on {server.url} after {time.monotonic() - state.begin:.0f} s")
                 async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120.0) as client:
                     base = (await client.models.list()).data[0].id
+                    rate = rate or await rate_for(client, base, max_tokens)
+                    console.print(f"{rate:.2g} chat requests/s from now on")
                     stop = asyncio.Event()
                     load = asyncio.create_task(run_load(client, base, rate, max_tokens, state.load, stop))
                     with view_of(state, console) as view:
