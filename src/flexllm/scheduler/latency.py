@@ -24,6 +24,7 @@ VERSION = 2  # of a stored profile
 EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
+MAX_BITS = 32  # of a number of rows
 _SEGMENT_ROWS = np.diff(SEGMENT_STARTS, append=np.inf)  # that fit into each
 
 
@@ -236,31 +237,39 @@ class LatencyModel:
     def _unpack(self) -> None:
         """Plain floats for `predict`, which runs many times per iteration."""
         theta = self._theta.tolist()
-        self._t0, self._slopes, self._linear = theta[0], theta[1 : 1 + SEGMENTS], theta[1 + SEGMENTS :]
-        self._cumulative = [0.0]  # g at the start of each segment
-        for i, slope in enumerate(self._slopes[:-1]):
-            self._cumulative.append(self._cumulative[-1] + slope * (SEGMENT_STARTS[i + 1] - SEGMENT_STARTS[i]))
+        self._t0, slopes, self._linear = theta[0], theta[1 : 1 + SEGMENTS], theta[1 + SEGMENTS :]
+        self._lines: list[tuple[float, float]] = []  # g(rows) = level + slope * rows, by the number of bits of rows
+        at_start = 0.0
+        for i, (start, slope) in enumerate(zip(SEGMENT_STARTS, slopes, strict=True)):
+            if i > 0:
+                at_start += slopes[i - 1] * (start - SEGMENT_STARTS[i - 1])
+            self._lines.append((at_start - slope * start, slope))
+        self._lines += self._lines[-1:] * (MAX_BITS - SEGMENTS)
 
     def _seconds(self, features: PlanFeatures) -> float:
-        c = self._linear
+        # Unpacked, because asking a named tuple or a list for each takes half as long again.
+        rows, decodes, context, pairs, sampled, labels, windows, backward_rows, backward_pairs, slices, steps = features
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = self._linear
+        level, slope = self._lines[rows.bit_length()]
         return self._drift * (
             self._t0
-            + self._curve(features.rows)
-            + c[0] * features.decode_rows
-            + c[1] * features.decode_context
-            + c[2] * features.prefill_pairs
-            + c[3] * features.sampled_rows
-            + c[4] * features.label_rows
-            + c[5] * features.windows
-            + c[6] * features.backward_rows
-            + c[7] * features.backward_pairs
-            + c[8] * features.backward_slices
-            + c[9] * features.optimizer_steps
+            + level
+            + slope * rows
+            + c0 * decodes
+            + c1 * context
+            + c2 * pairs
+            + c3 * sampled
+            + c4 * labels
+            + c5 * windows
+            + c6 * backward_rows
+            + c7 * backward_pairs
+            + c8 * slices
+            + c9 * steps
         )
 
     def _curve(self, rows: int) -> float:
-        i = min(rows.bit_length(), SEGMENTS - 1)
-        return self._cumulative[i] + self._slopes[i] * (rows - SEGMENT_STARTS[i])
+        level, slope = self._lines[rows.bit_length()]
+        return level + slope * rows
 
 
 def _vectors(features: list[PlanFeatures]) -> np.ndarray:

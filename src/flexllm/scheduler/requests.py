@@ -159,14 +159,16 @@ class RequestQueues:
         full = self._config.max_batch_tokens
         per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
         beside = self._latency.predict(self.features(tuple(self._next_rows.values())))  # seconds of an iteration without prompts
+        latest = now + SAFETY * queue.slo.tpot
         rows, needed = 0, 0.0
         for request in islice(chain(queue.prefilling, queue.waiting), MAX_LOOK):
-            rows += request.num_tokens - request.num_computed
-            spare = self._deadline(request, queue.slo) - SAFETY * queue.slo.tpot - now - rows * per_row
+            rows += len(request.prompt_ids) + len(request.output_ids) - request.num_computed
+            spare = self._deadline(request, queue.slo) - latest - rows * per_row
             if spare <= 0:
                 return math.inf
-            needed = max(needed, rows * beside / spare)
-        return needed
+            if rows > needed * spare:
+                needed = rows / spare
+        return needed * beside
 
     def _prefill_rows(self, request: Request, chunks: tuple[InferenceChunk, ...], limit: int, at_most: PrefillLimit) -> int:
         """Rows of a prompt that join `chunks`, at least LEAST_ROWS."""
@@ -302,15 +304,11 @@ class RequestQueues:
     def _grow_all(self, reclaim: Callable[[int], None]) -> None:
         """A page for each next row that has none: from the pool, else from finetuning, else from whoever can best wait."""
         reclaim(len(self._need_page))
-        growing = list(self._need_page.values())
-        if len(growing) > self._pool.num_free:
-            growing.sort(key=self._urgency)
-        for request in growing:
-            while self._pool.num_free == 0 and request.id in self._need_page:
-                running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
-                self._preempt(max(running, key=self._urgency))
-            if request.id in self._need_page:  # not preempted itself
-                self._pool.extend(request.blocks)
+        while len(self._need_page) > self._pool.num_free:
+            running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
+            self._preempt(max(running, key=self._urgency))
+        for request in self._need_page.values():
+            self._pool.extend(request.blocks)
         self._need_page.clear()
 
     def _preempt(self, request: Request) -> None:
