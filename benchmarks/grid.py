@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +88,9 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
     Co-serving and requests alone answered the same requests in full. So `idle_share`, by SLO, is what requests alone leave of the time that
     co-serving took, and `leftover_efficiency` what co-serving trained over what the machine trains by itself in that rest.
 
+    `traded`, by SLO, counts the requests that both answered, and of these the ones that met it with co-serving alone (won) or without it
+    alone (lost): the same requests, so that chance has a part in nothing else of the difference between their attainments.
+
     `bound_tok_s` is what training could reach if every row of a request rode along in a training pass for `row_seconds`, the price of
     its row alone, and nothing else cost anything: dedicated tok/s x (1 - row_seconds x the rows computed per second).
     """
@@ -105,10 +110,17 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
         """`figure` of co-serving under each SLO and of others, whose names may hold the SLO's."""
         return {slo: paired(figure, f"coserve-{slo}", *(name.format(slo=slo) for name in of)) for slo in slos}
 
+    def traded(slo: str) -> dict[str, int]:
+        mine, alone = by_round.get(f"coserve-{slo}", {}), by_round.get(f"inference-{slo}", {})
+        pairs = [pair for i in mine.keys() & alone.keys() for pair in zip(mine[i].records, alone[i].records, strict=True)]
+        met = Counter((both.attains(*slos[slo]), requests.attains(*slos[slo])) for both, requests in pairs)
+        return {"requests": len(pairs), "won": met[True, False], "lost": met[False, True]}
+
     alone = "inference-{slo}"
     split = contestants.get("split")
     return {
         "contestants": contestants,
+        "traded": {slo: traded(slo) for slo in slos},
         "idle_share": by_slo(_idle, alone),
         "leftover_efficiency": by_slo(
             lambda both, job, requests: _ratio(_speed_ratio(both, job), _idle(both, requests)), "finetune", alone
@@ -152,6 +164,19 @@ def median(values: Iterable[float | None]) -> float | None:
     return statistics.median(found) if found else None
 
 
+def difference(traded: Iterable[Mapping[str, int]]) -> tuple[float, float] | None:
+    """Attainment of co-serving less that of requests alone, and half the width of its 95 % interval; None without requests.
+
+    Agresti and Min 2005 (Statistics in Medicine 24): half a request is added to each way in which a pair can end.
+    """
+    counts = [(t["requests"], t["won"], t["lost"]) for t in traded]
+    n, won, lost = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+    if not n:
+        return None
+    total, apart = n + 2, (won - lost) / (n + 2)
+    return (won - lost) / n, 1.96 * math.sqrt((won + lost + 1) / total - apart**2) / math.sqrt(total)
+
+
 # ------------------------------------------------------------------------------------------------------------ all cells
 def _pooled(samples: Iterable[Sample], contestant: str) -> list[RequestRecord]:
     return [r for s in samples if s.contestant == contestant for r in s.phase.records]
@@ -163,6 +188,7 @@ def load_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
         slo: {
             "attainment": attainment(_pooled(samples, f"coserve-{slo}"), limits),
             "attainment_inference_only": attainment(_pooled(samples, f"inference-{slo}"), limits),
+            "attainment_difference_95": difference(c["traded"][slo] for c in cells),
             "leftover_efficiency": median(c["leftover_efficiency"][slo] for c in cells),
             "bound_share": median(c["bound_share"][slo] for c in cells),
             "speedup_vs_split": median(c["speedup_vs_split"][slo] for c in cells),

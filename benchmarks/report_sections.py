@@ -8,6 +8,7 @@ from typing import Any
 
 import report_coserve_plots as coserve_plots
 import report_plots as plots
+from grid import difference
 from report_blocks import Cell, Picture, Section, Table, at_least, megabytes, number, percent, times
 
 Result = Mapping[str, Any]
@@ -86,13 +87,15 @@ def _attainment(cells: list[Result], slo: str) -> Table:
                 " / ".join(_requests(together, names) for names in ([alone], [mine], BASELINES)),
                 percent(shares[alone]),
                 Cell(percent(shares[mine]), attains(slo, shares[alone], shares[mine])),
+                _difference(together, slo),
                 *(percent(shares[name]) for name in BASELINES),
             ]
         )
-    headings = ["trace, load", "req/s", "requests", "alone", "coserve", *BASELINES]
+    headings = ["trace, load", "req/s", "requests", "alone", "coserve", "difference, points", *BASELINES]
     note = (
         "alone: requests without training. requests: how many each was judged by, alone / coserve / the baseline with the fewest, "
-        "which had the first of the same requests; more of them, more certainty."
+        "which had the first of the same requests. difference: coserve less alone, with its 95 % interval as the same requests met their "
+        "SLO or not with either; an interval wider than the point that is allowed says that there were too few of them to tell."
     )
     return Table(headings, rows, f"{slo}: attainment", note)
 
@@ -102,6 +105,12 @@ def _attained(cells: list[Result], name: str, slo: str) -> float | None:
     found = [c["contestants"][name] for c in cells if name in c["contestants"]]
     judged = [(c["requests"], c["attainment"][slo]) for c in found if c["attainment"][slo] is not None]
     return sum(n * share for n, share in judged) / sum(n for n, _ in judged) if judged else None
+
+
+def _difference(cells: list[Result], slo: str) -> str:
+    """In points; nothing for results that did not count what was won and lost."""
+    found = difference(c["traded"][slo] for c in cells if "traded" in c)
+    return "–" if found is None else f"{100 * found[0]:+.1f} ± {100 * found[1]:.1f}"
 
 
 def _requests(cells: list[Result], names: Iterable[str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from client import RequestRecord
 from contestants import completed
-from grid import Phase, Sample, attainment, cell_figures, contestant_figures, grid_figures, rows_per_second, slos_here
+from grid import Phase, Sample, attainment, cell_figures, contestant_figures, difference, grid_figures, rows_per_second, slos_here
 
 ROW = 0.1  # seconds
 SLOS = {"loose": (5.0, 0.1), "mid": (0.4, 0.3), "strict": (0.5, 0.05)}
@@ -100,6 +102,31 @@ def test_the_bound_takes_from_training_what_the_rows_of_requests_cost() -> None:
     assert beyond["bound_share"]["loose"] is None
 
 
+def test_requests_are_won_and_lost_in_pairs() -> None:
+    late = record(ttft=6.0)
+    found = cell_figures(
+        [
+            sample("inference-loose", 0, 0.0, 1.0, [record(), record(), late, late]),
+            sample("coserve-loose", 0, 0.0, 1.0, [record(), late, record(), late]),
+            sample("inference-loose", 1, 0.0, 1.0, [record()]),
+            sample("coserve-loose", 1, 0.0, 1.0, [late]),
+            sample("coserve-loose", 2, 0.0, 1.0, [late]),  # its partner failed
+        ],
+        SLOS,
+        ROW,
+    )
+    assert found["traded"]["loose"] == {"requests": 5, "won": 1, "lost": 2}
+    assert found["traded"]["strict"] == {"requests": 0, "won": 0, "lost": 0}
+
+
+def test_the_interval_of_a_difference_of_pairs() -> None:
+    assert difference([]) is difference([{"requests": 0, "won": 0, "lost": 0}]) is None
+    apart, half = difference([{"requests": 60, "won": 1, "lost": 5}, {"requests": 38, "won": 2, "lost": 3}]) or (0.0, 0.0)
+    assert apart == pytest.approx(-5 / 98)
+    assert half == pytest.approx(1.96 * ((3.5 + 8.5 - 5**2 / 100) ** 0.5) / 100)
+    assert (difference([{"requests": 50, "won": 0, "lost": 0}]) or (1.0, 0.0))[1] > 0.02, "50 requests are no certainty"
+
+
 def test_without_a_split_there_is_no_ratio_to_it() -> None:
     found = cell_figures([s for s in cell() if s.contestant != "split"], SLOS, ROW)
     assert set(found["speedup_vs_split"].values()) == {None}
@@ -114,11 +141,14 @@ def test_no_idle_time_no_efficiency() -> None:
 
 def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
     one = cell()
-    slow = [record(ttft=6.0)] * 9
-    other = [
-        Sample("u", "mid", s.contestant, s.round, s.phase if s.contestant != "coserve-loose" else Phase(slow, 10.0, 10.0, 40.0, 1.0))
-        for s in one
-    ]
+    slow = Phase([record(ttft=6.0)] * 9, 10.0, 10.0, 40.0, 1.0)
+
+    def in_other(s: Sample) -> Phase:
+        if s.contestant == "inference-loose":
+            return replace(s.phase, records=[record()] * 9)
+        return slow if s.contestant == "coserve-loose" else s.phase
+
+    other = [Sample("u", "mid", s.contestant, s.round, in_other(s)) for s in one]
     where = {"load": "mid"}
     cells = [{**where, **cell_figures(one, SLOS, ROW)}, {**where, **cell_figures(other, SLOS, ROW)}]
     found = grid_figures(cells, one + other, SLOS)
@@ -128,6 +158,7 @@ def test_the_grid_pools_requests_and_takes_medians_over_cells() -> None:
     assert found["speedup_vs_best_split"] == pytest.approx((1.5 + 0.4) / 2)
     mid = found["by_load"]["mid"]
     assert mid["loose"]["attainment"] == 3 / 30
+    assert mid["loose"]["attainment_difference_95"][0] == -27 / 30
     assert mid["strict"]["attainment"] is None  # nobody was asked to keep them
     assert mid["loose"]["split_attains"]
     assert not mid["mid"]["split_attains"]
