@@ -101,6 +101,7 @@ class JobTable:
         self._max_sequences = max_sequences
         self._watermark = max(1, pool.num_blocks // 100)
         self._states: dict[str, JobState] = {}
+        self._pausing: list[JobState] = []  # since the last plan
         self._served: dict[str, float] = {}  # finetuning seconds received by each tenant that has unfinished jobs
         self._ids = count()
         self._released: dict[int, Sequence] = {}  # since the last plan that ran: what the trainer has to drop,
@@ -130,7 +131,9 @@ class JobTable:
 
     def pause(self, job_id: str) -> None:
         """Stop giving time to a job. Its step under way is dropped, and its memory freed, when the next plan is made."""
-        self._get(job_id).job.status = JobStatus.PAUSED
+        state = self._get(job_id)
+        state.job.status = JobStatus.PAUSED
+        self._pausing.append(state)
 
     def resume(self, job_id: str) -> None:
         job = self._get(job_id).job
@@ -165,9 +168,10 @@ class JobTable:
         return sorted(active, key=lambda s: (self._served[s.job.tenant], s.job.served))
 
     def drop_paused(self) -> None:
-        for state in self._states.values():
+        for state in self._pausing:
             if state.job.status is JobStatus.PAUSED and state.admitted:
                 self._restart(state)
+        self._pausing.clear()
 
     def admit_next(self, state: JobState, share: int) -> Sequence | None:
         """Admit the next pending sequence of a job that may hold `share` sequences; None if there is none or no room."""

@@ -61,7 +61,8 @@ class RequestQueues:
         self._classes: dict[str, PriorityClass] = {}  # the most urgent first
         self._decoding: dict[str, Request] = {}
         self._next_rows: dict[str, InferenceChunk] = {}  # of each decoding request
-        self._deadlines: dict[str, float] = {}  # of the next token of each decoding request
+        self._deadlines: dict[str, float] = {}  # of the next token of each decoding request,
+        self._next_due: float | None = None  # and the earliest of them; None: to be looked up
         self._need_page: dict[str, Request] = {}  # decoding, and the next row has no page yet
         self._decode_context = 0  # keys that the next row of each decoding request sees
         self.num_waiting = 0
@@ -75,6 +76,7 @@ class RequestQueues:
             queue.slo = config.slo_of(name)
         self._order_classes()
         self._deadlines = {i: self._deadline(r, config.slo_of(r.priority)) for i, r in self._decoding.items()}
+        self._next_due = None
 
     # ------------------------------------------------------------------------------------------------------- in and out
     def __contains__(self, request_id: object) -> bool:
@@ -148,7 +150,7 @@ class RequestQueues:
         return (*decodes, *prefills)
 
     def _prefill_limit(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> PrefillLimit:
-        all_due, urgent_due = min(self._deadlines.values(), default=math.inf), math.inf
+        all_due, urgent_due = self._earliest_due(), math.inf
         if more_urgent := {name for name, other in self._classes.items() if other.slo.ttft < queue.slo.ttft}:
             urgent_due = min((at for i, at in self._deadlines.items() if self._requests[i].priority in more_urgent), default=math.inf)
         return PrefillLimit(in_time(all_due - now), in_time(urgent_due - now), self._needed_rows(queue, now))
@@ -202,7 +204,13 @@ class RequestQueues:
         requests."""
         if len(self._deadlines) < len(self._requests):
             return 0.0
-        return max(0.0, min(self._deadlines.values(), default=math.inf) - self._config.reserve - now)
+        return max(0.0, self._earliest_due() - self._config.reserve - now)
+
+    def _earliest_due(self) -> float:
+        """When the first of the decoding requests has to have its next token; inf if none decodes."""
+        if self._next_due is None:
+            self._next_due = min(self._deadlines.values(), default=math.inf)
+        return self._next_due
 
     # ---------------------------------------------------------------------------------------------------------- results
     def advance(self, chunks: tuple[InferenceChunk, ...], result: StepResult) -> list[TokenOutput]:
@@ -239,6 +247,8 @@ class RequestQueues:
             else:
                 self.remove(request_id, reason)
             outputs.append(new(TokenOutput, (request_id, token, sampled, reason, None, None, 0)))
+        self._next_due = None
+        self._earliest_due()  # now, while they are in the caches
         return outputs
 
     def check_integrity(self) -> None:
@@ -252,6 +262,7 @@ class RequestQueues:
         assert all(0 <= r.num_computed <= min(r.num_tokens, len(r.blocks) * self._pool.block_size) for r in running)
         assert all(r.is_decoding for r in self._decoding.values())
         assert self._deadlines == {i: self._deadline(r, self._config.slo_of(r.priority)) for i, r in self._decoding.items()}
+        assert self._next_due in (None, min(self._deadlines.values(), default=math.inf))
         assert list(self._next_rows.values()) == [(r, r.num_computed, r.num_computed + 1, True) for r in self._decoding.values()]
         assert self._decode_context == sum(r.num_tokens for r in self._decoding.values())
         assert self._need_page.keys() == {r.id for r in self._decoding.values() if not self._has_page(r)}
@@ -328,6 +339,7 @@ class RequestQueues:
             self._need_page.pop(request.id, None)
             self._next_rows.pop(request.id, None)
             self._deadlines.pop(request.id, None)
+            self._next_due = None
         else:
             self._class_of(request).prefilling.remove(request)
         self._pool.free(request.blocks)
