@@ -37,7 +37,7 @@ bench: setup
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/latency.py --quick
 	$(BIN)/python benchmarks/simulate.py
-	$(BIN)/python benchmarks/paper.py --quick
+	$(BIN)/python benchmarks/paper.py --quick --processes 2
 	$(BIN)/python benchmarks/burst.py --quick
 	$(BIN)/python benchmarks/report.py
 
