@@ -88,22 +88,24 @@ def test_an_idle_replica_finetunes_as_fast_as_the_latency_model_says():
     assert result.shares["finetuning"] == pytest.approx(1.0, abs=0.01)
 
 
-def test_finetuning_counts_sequences_whose_backward_is_done():
+def test_finetuning_counts_halves_of_tokens():
     once = SEQUENCE * (ROW + LAYERS * BACKWARD_ROW)  # seconds of one sequence, forward and back
     endless = replace(job(SEQUENCE), group_size=8)
     one_at_a_time = replace(machine(t0=0.0), finetune_bytes=64 * SEQUENCE)
-    result = simulate([], [endless], CONFIG, one_at_a_time, seconds=4.5 * once)
-    assert result.finetune_tokens == 4 * SEQUENCE, "whole sequences, no whole optimizer step"
+    for part, tokens in ((0.5 * ROW, 0.25), (ROW, 0.5), (ROW + 0.5 * LAYERS * BACKWARD_ROW, 0.75)):
+        result = simulate([], [endless], CONFIG, one_at_a_time, seconds=4 * once + SEQUENCE * part)
+        assert result.finetune_tokens == pytest.approx((4 + tokens) * SEQUENCE), "four sequences and a part, no optimizer step"
 
 
 def test_counting_begins_when_the_warmup_is_over():
-    once = SEQUENCE * (ROW + LAYERS * BACKWARD_ROW)
-    trace = [Arrival(0.2, 100, 11)]
+    forward, seconds = SEQUENCE * ROW, 0.2
+    trace = [Arrival(seconds, 100, 11)]
     one_at_a_time = replace(machine(t0=0.0), finetune_bytes=64 * SEQUENCE)
-    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, one_at_a_time, seconds=1.9 * once, warmup=w) for w in (0.0, 0.8 * once))
-    assert (cold.finetune_tokens, warm.finetune_tokens) == (SEQUENCE, 2 * SEQUENCE)
+    cold, warm = (simulate(trace, [job(SEQUENCE)], CONFIG, one_at_a_time, seconds=seconds, warmup=w) for w in (0.0, forward))
+    assert cold.finetune_tokens == pytest.approx(0.5 * seconds / ROW), "its first sequence goes forward"
+    assert warm.finetune_tokens == pytest.approx(0.5 * seconds / (LAYERS * BACKWARD_ROW)), "and has gone, here"
     assert warm.shares["finetuning"] <= 1.0
-    assert all(r.arrival == 0.2 and r.finished for r in warm.records)
+    assert all(r.arrival == seconds and r.finished for r in warm.records)
 
 
 def test_a_lone_request_takes_what_the_latency_model_says():

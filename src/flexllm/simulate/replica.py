@@ -87,7 +87,7 @@ class Replica:
     under_way: Iteration | None = None
     load: int = 0  # tokens of the requests here, prompts and outputs so far
     iterations: int = 0
-    finetune_tokens: int = 0  # rows through the whole backward, as the server's flexllm:finetune_tokens_total{phase="backward"}
+    finetune_tokens: float = 0.0
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))  # seconds by kind of iteration
 
     def __post_init__(self) -> None:
@@ -149,12 +149,12 @@ class Replica:
         plan, start, end = self.under_way.plan, self.under_way.start, self.under_way.end
         self.under_way = None
         tokens = {request.id: TOKEN for request, _, _, sample in plan.inference if sample}
-        if 0 < end <= self.seconds:
-            self.finetune_tokens += sum([item.rows for item in plan.backward if item.lowest == item.job.lowest_layer])
         self._book(self.scheduler.update(plan, StepResult(tokens, start=start, end=end)), end)
         if self.check:
             self.scheduler.check_integrity()
-        self.busy[_kind(plan)] += max(0.0, min(end, self.seconds) - max(start, 0.0))
+        if (counted := min(end, self.seconds) - max(start, 0.0)) > 0:
+            self.busy[_kind(plan)] += counted
+            self.finetune_tokens += _tokens(plan) * counted / (end - start)
         self.iterations += 1
 
     def _book(self, outputs: Iterable[TokenOutput], now: float) -> None:
@@ -170,6 +170,14 @@ class Replica:
             if output.finish_reason is not None:
                 del self._live[output.request_id]
                 self.load -= record.prompt_tokens + record.tokens
+
+
+def _tokens(plan: StepPlan) -> float:
+    """Training tokens: half of one when it goes forward, half, layer by layer, when it comes back. The mean over both phases of what the
+    server counts as flexllm:finetune_tokens_total: whole sequences would come in lumps of seconds."""
+    forward = sum([window.rows for window in plan.windows if window.sequence.train])
+    backward = sum([item.rows * item.num_layers / (item.job.num_layers - item.job.lowest_layer) for item in plan.backward])
+    return (forward + backward) / 2
 
 
 def _kind(plan: StepPlan) -> str:

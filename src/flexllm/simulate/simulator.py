@@ -25,7 +25,7 @@ class SimulationResult:
 
     records: list[RequestRecord]
     seconds: float
-    finetune_tokens: int  # rows through the whole backward
+    finetune_tokens: float  # half of one for its forward, half for its backward
     shares: dict[str, float]  # of the replicas' time, by kind of iteration (KINDS); they sum to 1
     iterations: int
     preemptions: int
