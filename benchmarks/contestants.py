@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from client import LoadGenerator, RequestRecord
 from common import log
 from grid import Phase
 from jobs import start_job
-from processes import Peer, Server, awake
+from processes import HTTP, Peer, Server, awake
 from workloads import Load, random_prompts
 
 SETTLE = 0.6  # seconds between thawing and measuring: an iteration that was frozen ends, and is reported
@@ -43,7 +42,7 @@ class Ours:
     def set(self, settings: Mapping[str, Any]) -> None:
         """Of the server, awake. Raises httpx.HTTPStatusError when it refuses, RuntimeError if it does not live."""
         wait_until_up(self.server)
-        httpx.patch(f"{self.server.base_url}/scheduler", json=dict(settings), timeout=30).raise_for_status()
+        HTTP.patch(f"{self.server.base_url}/scheduler", json=dict(settings)).raise_for_status()
 
     def run(self, settings: Mapping[str, Any], load: Load) -> Phase:
         """Offer the load, beginning without requests, and count until all is answered: whoever puts answers off pays for it."""
@@ -110,7 +109,7 @@ async def offer(server: Server, load: Load) -> list[RequestRecord]:
 # ---------------------------------------------------------------------------------------------------- what a server says
 def samples(server: Server) -> list[tuple[str, dict[str, str], float]]:
     """(name, labels, value) of every sample of /metrics."""
-    text = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    text = HTTP.get(f"{server.base_url}/metrics").text
     return [(s.name, s.labels, s.value) for family in text_string_to_metric_families(text) for s in family.samples]
 
 
@@ -136,7 +135,7 @@ def settle(server: Server) -> None:
 def wait_until_up(server: Server) -> None:
     """Raises RuntimeError if it does not live: its figures would be zeros."""
     deadline = time.monotonic() + COMES_BACK_SECONDS
-    while (answer := httpx.get(f"{server.base_url}/health", timeout=30)).status_code != 200:
+    while (answer := HTTP.get(f"{server.base_url}/health")).status_code != 200:
         if time.monotonic() > deadline:
             raise RuntimeError(f"a server is not up: {answer.text}")
         log(f"waiting for a server: {answer.text}")

@@ -22,6 +22,9 @@ from common import DTYPE, log
 
 START_TIMEOUT = 900.0  # seconds; vLLM compiles on its first start, ours profiles, and either may download
 STOP_TIMEOUT = 20.0
+# Asks servers things. One for all: a client of its own for each question reads the system's certificates first, 55 ms of a core that
+# somebody is being measured on. It keeps no connections, which a server that was frozen closes when it wakes.
+HTTP = httpx.Client(timeout=30.0, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def _wait_healthy(base_url: str, process: subprocess.Popen[bytes], log_file: Pat
         if process.poll() is not None:
             break
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{base_url}/health", timeout=5).status_code == 200:
+            if HTTP.get(f"{base_url}/health", timeout=5).status_code == 200:
                 return
         time.sleep(0.3)
     tail = log_file.read_text(errors="replace")[-2000:]

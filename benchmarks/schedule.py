@@ -97,7 +97,7 @@ def measure(state: str, iterations: int, seed: int) -> tuple[dict[str, float], l
 
 def main() -> None:
     args = parser(__doc__.splitlines()[0]).parse_args()
-    iterations = 2000 if args.quick else 20000
+    iterations = 2000 if args.quick else 10000
     found = {state: measure(state, iterations, args.seed) for state in OUTPUTS}
     worst = {name: max(figures[name] for figures, _ in found.values()) for name in ("median_ms", "p99_ms", "max_ms")}
     states = {state: figures for state, (figures, _) in found.items()}
