@@ -2,7 +2,7 @@
 
 A grid: traces x loads x objectives, and in every cell all contestants, awake one at a time, with the same requests: one server
 of this engine, told to serve alone, to co-serve under each of the objectives, to finetune, or to share its time; with
---vllm-python also a machine split in two (vLLM on half of the cores, PEFT training on the rest) and both on all cores.
+--vllm-python also a machine split in two (vLLM on some of the cores, PEFT training on the rest) and both on all cores.
 Objectives scale with h, the decode step at batch 8 measured here over 13 ms (the same on an A100 for an 8B model).
 README.md has the rest.
 """
@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,15 +30,22 @@ from common import DTYPE, QUICK_RESULTS, finish, log, parser, write
 from contestants import PATIENCE, Ours, VllmBesidePeft, capacity, decode_step_seconds, row_seconds
 from flexllm.model.config import ModelConfig
 from flexllm.model.loader import resolve_model
-from grid import ATTAINED, LOADS, REFERENCE_STEP, SLOS, Phase, Sample, Slos, cell_figures, grid_figures, own_slo, slos_here
+from grid import ATTAINED, LOADS, REFERENCE_STEP, SLOS, SPLITS, Phase, Sample, Slos, cell_figures, grid_figures, own_slo, slos_here
 from processes import Peer, flexllm_server, freezer, memory_bytes, vllm_server
 from workloads import TRACES, Load, Trace, load_of, shorter_here
 
 # Of the phase's seconds, by contestant. Attainment is decided by single requests, so those that it is about have the most of them.
 # A job alone has iterations of half a second, whose tokens come in lumps: its phase is to hold enough of them.
-EVERY_ROUND = {"inference-loose": 1.0, "coserve-loose": 1.0, "finetune": 0.6, "inference-strict": 1.0, "coserve-strict": 1.0, "split": 1.0}
+EVERY_ROUND = {
+    "inference-loose": 1.0,
+    "coserve-loose": 1.0,
+    "finetune": 0.6,
+    "inference-strict": 1.0,
+    "coserve-strict": 1.0,
+    **dict.fromkeys(SPLITS, 1.0),
+}
 FIRST_ROUND = 0.5  # of the others, which have no further rounds
-VLLM_BESIDE_PEFT = ("split", "contending")
+VLLM_BESIDE_PEFT = (*SPLITS, "contending")
 OURS = "flexllm"  # our server: its log and its state
 CAPACITY_CONCURRENCY, CAPACITY_WARMUP, CAPACITY_SECONDS, CAPACITY_REQUESTS = 16, 2.0, 8.0, 400
 WARMUP = (4.0, 1.5)  # requests per second, seconds: every server has seen requests before it is measured
@@ -72,9 +79,15 @@ def all_contestants(args: argparse.Namespace) -> list[str]:
     """Those that are in every round first, so that what is compared is side by side."""
     coserve = [f"{mode}-{slo}" for slo in SLOS if not (args.quick and slo == "mid") for mode in ("inference", "coserve")]
     temporal = [f"temporal-{steps or 'dynamic'}" for steps in args.temporal]
-    vllm = VLLM_BESIDE_PEFT if args.vllm_python else ()
+    vllm = [*training_cores(args.cores), "contending"] if args.vllm_python else []
     found = {"finetune", *coserve, *temporal, *vllm}
     return [*(n for n in EVERY_ROUND if n in found), *(n for n in (*coserve, *temporal, *vllm) if n not in EVERY_ROUND)]
+
+
+def training_cores(cores: Sequence[int]) -> dict[str, Sequence[int]]:
+    """By split, the cores that train, the last ones. Fewer than four make only halves, a single one nothing."""
+    found = {name: max(1, round(len(cores) * share)) for name, share in SPLITS.items()}
+    return {name: cores[-n:] for name, n in found.items() if len(cores) >= (2 if name == "split" else 4)}
 
 
 def contestant_names(args: argparse.Namespace) -> list[str]:
@@ -98,16 +111,14 @@ def run_ours(ours: Ours, slos: Slos, names: list[str]) -> dict[str, Run]:
     return {name: partial(ours.run, scheduler_settings(name, slos)) for name in names if name not in VLLM_BESIDE_PEFT}
 
 
-def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting, processes: dict[str, int]) -> dict[str, Run]:
-    """`split`: each has its cores to itself. `contending`: both have all of them. They share the PEFT process."""
-    cores = sorted(os.sched_getaffinity(0))
-    half = max(1, len(cores) // 2)
-    if len(cores) < 2:
-        raise RuntimeError("a machine with one core cannot be split")
-    found: dict[str, Run] = {}
+def start_vllm_beside_peft(stack: contextlib.ExitStack, setting: Setting, names: list[str], processes: dict[str, int]) -> dict[str, Run]:
+    """In a split each has its cores to itself; contending, both have all of them. They share the PEFT process."""
+    cores, found = setting.args.cores, {}
     peer = stack.enter_context(Peer("hf_peft.py", "--model", str(setting.model), threads=len(cores)))
     processes["peft"] = peer.pid
-    for name, serving, training in (("split", cores[:half], cores[half:]), ("contending", cores, cores)):
+    for name in names:
+        training = training_cores(cores).get(name, cores)
+        serving = cores[: -len(training)] or cores
         server = stack.enter_context(vllm_server(setting.args.vllm_python, setting.model, setting.folder / f"{name}.log", serving))
         processes[name] = server.process.pid
         stack.enter_context(freezer(server))
@@ -121,7 +132,7 @@ def estimated_seconds(args: argparse.Namespace) -> float:
     names = contestant_names(args)
     cell = sum(share_of(name) * args.seconds + OVERHEAD for _, name in phases(names, args.rounds))
     probes = 0.0 if args.rates else CAPACITY_WARMUP + CAPACITY_SECONDS + OVERHEAD
-    return START + START_VLLM * ("split" in names) * 2 + len(args.traces) * (probes + len(args.loads) * cell)
+    return START + START_VLLM * len({*names} & {*VLLM_BESIDE_PEFT}) + len(args.traces) * (probes + len(args.loads) * cell)
 
 
 def share_of(contestant: str) -> float:
@@ -248,6 +259,7 @@ def options() -> argparse.Namespace:
     args = found.parse_args()
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
     args.loads = args.loads or (["mid"] if args.quick else list(LOADS))
+    args.cores = sorted(os.sched_getaffinity(0))
     args.seconds = args.seconds or (6.0 if args.quick else 7.0)
     args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
@@ -283,11 +295,11 @@ def main() -> None:
         stack.enter_context(freezer(server))
         names = contestant_names(args)
         by_name = run_ours(ours, slos, names)
-        if {*VLLM_BESIDE_PEFT} & {*names}:
-            by_name |= start_vllm_beside_peft(stack, setting, processes)
+        if peers := [name for name in names if name in VLLM_BESIDE_PEFT]:
+            by_name |= start_vllm_beside_peft(stack, setting, peers, processes)
         contestants = {name: by_name[name] for name in names}
         ours.run(scheduler_settings("coserve-loose", slos), setting.warmup)
-        for name in [n for n in names if n in VLLM_BESIDE_PEFT]:
+        for name in peers:
             contestants[name](setting.warmup)
         fields: dict[str, Any] = {
             "h": h,

@@ -14,6 +14,7 @@ from client import RequestRecord, raw, summarize
 LOADS = {"light": 0.2, "mid": 0.4, "heavy": 0.6}  # of the capacity
 SLOS = {"loose": (5.0, 0.045), "mid": (0.4, 0.120), "strict": (0.5, 0.050)}  # TTFT s, TPOT s on the reference machine
 REFERENCE_STEP = 0.013  # seconds of a decode step at batch 8, 8B model on an A100
+SPLITS = {"split": 0.5, "split-25": 0.25, "split-75": 0.75}  # share of the machine that trains
 ATTAINED = {"loose": 0.99, "mid": 0.95, "strict": 0.95}  # share of requests from which a load counts as served
 
 Slos = Mapping[str, tuple[float, float]]
@@ -93,6 +94,8 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
 
     `bound_tok_s` is what training could reach if every row of a request rode along in a training pass for `row_seconds`, the price of
     its row alone, and nothing else cost anything: dedicated tok/s x (1 - row_seconds x the rows computed per second).
+
+    The split that co-serving is held against is, by SLO, the best one: `best_split`.
     """
     names = dict.fromkeys(s.contestant for s in samples)
     contestants = {n: contestant_figures(n, [s.phase for s in samples if s.contestant == n], slos) for n in names}
@@ -107,8 +110,8 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
         return max(0.0, 1 - row_seconds * rows_per_second(both))
 
     def by_slo(figure: Callable[..., float | None], *of: str) -> dict[str, float | None]:
-        """`figure` of co-serving under each SLO and of others, whose names may hold the SLO's."""
-        return {slo: paired(figure, f"coserve-{slo}", *(name.format(slo=slo) for name in of)) for slo in slos}
+        """`figure` of co-serving under each SLO and of others, whose names may depend on it."""
+        return {slo: paired(figure, f"coserve-{slo}", *(name.format(slo=slo, split=split[slo]) for name in of)) for slo in slos}
 
     def traded(slo: str) -> dict[str, int]:
         mine, alone = by_round.get(f"coserve-{slo}", {}), by_round.get(f"inference-{slo}", {})
@@ -116,8 +119,8 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
         met = Counter((both.attains(*slos[slo]), requests.attains(*slos[slo])) for both, requests in pairs)
         return {"requests": len(pairs), "won": met[True, False], "lost": met[False, True]}
 
+    split = {slo: best_split(contestants, slo) for slo in slos}
     alone = "inference-{slo}"
-    split = contestants.get("split")
     return {
         "contestants": contestants,
         "traded": {slo: traded(slo) for slo in slos},
@@ -125,16 +128,24 @@ def cell_figures(samples: Sequence[Sample], slos: Slos, row_seconds: float) -> d
         "leftover_efficiency": by_slo(
             lambda both, job, requests: _ratio(_speed_ratio(both, job), _idle(both, requests)), "finetune", alone
         ),
-        "speedup_vs_split": by_slo(_speed_ratio, "split"),
-        "split_attains": {slo: split is not None and _attains(split["attainment"][slo], slo) for slo in slos},
+        "speedup_vs_split": by_slo(_speed_ratio, "{split}"),
+        "best_split": split,
+        "split_attains": {slo: name is not None and _attains(contestants[name]["attainment"][slo], slo) for slo, name in split.items()},
         "bound_tok_s": by_slo(lambda both, job: job.finetune_tok_s * left(both), "finetune"),
         "bound_share": by_slo(lambda both, job: _ratio(_speed_ratio(both, job), left(both)), "finetune"),
         "bound_vs_split": by_slo(
-            lambda both, job, split: _ratio(job.finetune_tok_s * left(both), split.finetune_tok_s), "finetune", "split"
+            lambda both, job, split: _ratio(job.finetune_tok_s * left(both), split.finetune_tok_s), "finetune", "{split}"
         ),
         "bound_leftover": by_slo(lambda both, requests: _ratio(left(both), _idle(both, requests)), alone),
         "finetune_share": by_slo(_speed_ratio, "finetune"),
     }
+
+
+def best_split(contestants: Mapping[str, Mapping[str, Any]], slo: str) -> str | None:
+    """The split that trains most of those that attain the SLO, or of all if none does; None without any."""
+    found = [name for name in SPLITS if name in contestants]
+    attaining = [name for name in found if _attains(contestants[name]["attainment"][slo], slo)]
+    return max(attaining or found, key=lambda name: contestants[name]["finetune_tok_s"], default=None)
 
 
 def rows_per_second(phase: Phase) -> float:
@@ -192,7 +203,7 @@ def load_figures(cells: Sequence[Mapping[str, Any]], samples: Sequence[Sample], 
             "leftover_efficiency": median(c["leftover_efficiency"][slo] for c in cells),
             "bound_share": median(c["bound_share"][slo] for c in cells),
             "speedup_vs_split": median(c["speedup_vs_split"][slo] for c in cells),
-            "split_attains": _attains(attainment(_pooled(samples, "split"), limits), slo),
+            "split_attains": any(_attains(attainment(_pooled(samples, split), limits), slo) for split in SPLITS),
         }
         for slo, limits in slos.items()
     }

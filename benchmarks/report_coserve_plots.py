@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexllm.cli.draw_trace import COLOURS, LATE, QUIET
+from grid import SPLITS
 from report_plots import BLACK, BLUE, BOUND, GREEN, PINK, SKY, STYLES, Result, figure_of, legend_above, plain_log, png, title
 
 IN_CDFS = ("inference-loose", "coserve-loose", "coserve-strict", "temporal-dynamic", "split", "contending")
@@ -37,7 +38,7 @@ def attainment(cells: Sequence[Result]) -> bytes:
     figure, axes = figure_of(len(traces), max(1, len(slos)), 3.6, 2.7, sharey=True)
     for row, (trace, found) in zip(axes, traces.items(), strict=True):
         for a, slo in zip(row, slos, strict=False):
-            for name in ("contending", "split", *TEMPORAL, f"coserve-{slo}", f"inference-{slo}"):
+            for name in ("contending", *SPLITS, *TEMPORAL, f"coserve-{slo}", f"inference-{slo}"):
                 shares = [c["contestants"].get(name, {}).get("attainment", {}).get(slo) for c in found]
                 style = {"color": BLUE, "ls": "-", "label": "coserve"} if name.startswith("coserve") else {}
                 _by_load(a, found, name, [None if s is None else 100 * s for s in shares], **style)
@@ -54,7 +55,7 @@ def finetuning(cells: Sequence[Result]) -> bytes:
     figure, axes = figure_of(1, len(traces), max(4.0, 9.0 / len(traces)), 4.4, sharey=True)
     for a, (trace, found) in zip(axes[0], traces.items(), strict=True):
         _by_load(a, found, "bound", [c["bound_tok_s"].get("loose") for c in found])
-        for name in ("finetune", "coserve-loose", "coserve-mid", "coserve-strict", *TEMPORAL, "split", "contending"):
+        for name in ("finetune", "coserve-loose", "coserve-mid", "coserve-strict", *TEMPORAL, *SPLITS, "contending"):
             _by_load(a, found, name, [c["contestants"].get(name, {}).get("finetune_tok_s") for c in found])
         title(a, f"{trace}: finetuning beside requests")
     axes[0][0].set(ylabel="finetuning, tokens/s", ylim=(0, None))  # when all of them have been drawn: it ends the scaling

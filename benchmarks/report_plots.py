@@ -24,6 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "temporal-128": {"color": ORANGE, "marker": "^", "label": "time slices of 128"},
     "temporal-dynamic": {"color": ORANGE, "marker": "v", "ls": "--", "label": "dynamic time slices"},
     "split": {"color": GREEN, "marker": "D", "label": "split machine (vLLM + PEFT)"},
+    "split-25": {"color": GREEN, "marker": "v", "ls": ":", "label": "split machine, 25 % trains"},
+    "split-75": {"color": GREEN, "marker": "^", "ls": "--", "label": "split machine, 75 % trains"},
     "contending": {"color": RED, "marker": "X", "label": "contending (vLLM + PEFT)"},
     "coserve": {"color": BLUE, "marker": "s", "label": "coserve"},
     "temporal-64": {"color": PINK, "marker": "<", "ls": ":", "label": "time slices of 64"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import report_coserve_plots as coserve_plots
 import report_plots as plots
-from grid import difference
+from grid import SPLITS, difference
 from report_blocks import Cell, Picture, Section, Table, at_least, megabytes, number, percent, times
 
 Result = Mapping[str, Any]
@@ -18,7 +18,7 @@ FLOORS = {"loose": 0.99, "strict": 0.95}  # wherever requests alone reach it
 SPEEDUPS = {"heavy": 1.9, "light": 2.5}  # over the best split that attains the same SLO
 LEFTOVER = 1.0
 SLO_ORDER = ("loose", "mid", "strict")
-BASELINES = ("temporal-64", "temporal-128", "temporal-512", "temporal-dynamic", "split", "contending")
+BASELINES = ("temporal-64", "temporal-128", "temporal-512", "temporal-dynamic", *SPLITS, "contending")
 
 
 # ------------------------------------------------------------------------------------------------------------- co-serving
@@ -77,27 +77,32 @@ def _attainment(cells: list[Result], slo: str) -> Table:
     if len({c["trace"] for c in cells}) > 1:
         groups += [(f"all traces, {load}", "", [c for c in cells if c["load"] == load]) for load in dict.fromkeys(c["load"] for c in cells)]
         groups.append(("all", "", cells))
+    baselines = _baselines(cells)
     rows: list[list[str | Cell]] = []
     for label, rate, together in groups:
-        shares = {name: _attained(together, name, slo) for name in (alone, mine, *BASELINES)}
+        shares = {name: _attained(together, name, slo) for name in (alone, mine, *baselines)}
         rows.append(
             [
                 label,
                 rate,
-                " / ".join(_requests(together, names) for names in ([alone], [mine], BASELINES)),
+                " / ".join(_requests(together, names) for names in ([alone], [mine], baselines)),
                 percent(shares[alone]),
                 Cell(percent(shares[mine]), attains(slo, shares[alone], shares[mine])),
                 _difference(together, slo),
-                *(percent(shares[name]) for name in BASELINES),
+                *(percent(shares[name]) for name in baselines),
             ]
         )
-    headings = ["trace, load", "req/s", "requests", "alone", "coserve", "difference, points", *BASELINES]
+    headings = ["trace, load", "req/s", "requests", "alone", "coserve", "difference, points", *baselines]
     note = (
         "alone: requests without training. requests: how many each was judged by, alone / coserve / the baseline with the fewest, "
         "which had the first of the same requests. difference: coserve less alone, with its 95 % interval as the same requests met their "
         "SLO or not with either; an interval wider than the point that is allowed says that there were too few of them to tell."
     )
     return Table(headings, rows, f"{slo}: attainment", note)
+
+
+def _baselines(cells: list[Result]) -> list[str]:
+    return [name for name in BASELINES if any(name in c["contestants"] for c in cells)]
 
 
 def _attained(cells: list[Result], name: str, slo: str) -> float | None:
@@ -122,6 +127,7 @@ def _requests(cells: list[Result], names: Iterable[str]) -> str:
 
 
 def _training(cells: list[Result], slo: str) -> Table:
+    baselines = _baselines(cells)
     rows: list[list[str | Cell]] = []
     for cell in cells:
         speeds = {name: number(c["finetune_tok_s"]) for name, c in cell["contestants"].items()}
@@ -129,7 +135,7 @@ def _training(cells: list[Result], slo: str) -> Table:
             [
                 f"{cell['trace']}, {cell['load']}",
                 speeds.get(f"coserve-{slo}", "–"),
-                *(speeds.get(name, "–") for name in BASELINES),
+                *(speeds.get(name, "–") for name in baselines),
                 speeds.get("finetune", "–"),
                 number(cell["bound_tok_s"].get(slo)),
                 percent(cell["bound_share"].get(slo)),
@@ -140,7 +146,7 @@ def _training(cells: list[Result], slo: str) -> Table:
     headings = [
         "trace, load",
         "coserve",
-        *BASELINES,
+        *baselines,
         "no requests",
         "bound",
         "coserve, of bound",
@@ -166,7 +172,7 @@ def _leftover(cell: Result, slo: str) -> Cell:
 
 def _speedup(cell: Result, slo: str) -> Cell:
     speedup, target = cell["speedup_vs_split"].get(slo), SPEEDUPS.get(cell["load"])
-    if "split" in cell["contestants"] and not cell["split_attains"].get(slo):
+    if any(name in cell["contestants"] for name in SPLITS) and not cell["split_attains"].get(slo):
         return Cell("split misses SLO", None)
     if speedup is None or target is None:
         return Cell(times(speedup), None)

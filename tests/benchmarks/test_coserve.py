@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import coserve
-from coserve import Setting, contestant_names, estimated_seconds, measure_cell, options, phases, scheduler_settings
+from coserve import Setting, contestant_names, estimated_seconds, measure_cell, options, phases, scheduler_settings, training_cores
 from flexllm.config import SchedulerConfig
 from flexllm.server.wire import SchedulerPatch
 from flexllm.simulate.workload import Arrival
@@ -18,7 +18,7 @@ from workloads import Load, Trace
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
-    found = {"quick": False, "temporal": [64, 0], "vllm_python": Path("python"), "rounds": 2, "seconds": 8.0, "seed": 0}
+    found = {"quick": False, "temporal": [64, 0], "vllm_python": Path("python"), "rounds": 2, "seconds": 8.0, "seed": 0, "cores": [0, 1]}
     return argparse.Namespace(
         **{**found, "rates": None, "traces": ["bursty"], "contestants": None, "loads": ["light", "mid", "heavy"], **changes}
     )
@@ -33,6 +33,17 @@ def test_contestants_take_turns_and_the_costly_ones_come_once() -> None:
     alone = contestant_names(arguments(quick=True, vllm_python=None, temporal=[128]))
     assert alone == ["inference-loose", "coserve-loose", "finetune", "inference-strict", "coserve-strict", "temporal-128"]
     assert contestant_names(arguments(contestants=["coserve-mid", "finetune"])) == ["finetune", "coserve-mid"]
+
+
+def test_a_machine_is_split_into_quarters_where_it_has_them() -> None:
+    assert training_cores([0]) == {}
+    assert training_cores([2, 5]) == {"split": [5]}
+    assert training_cores(range(3)) == {"split": range(1, 3)}
+    assert training_cores(range(8)) == {"split": range(4, 8), "split-25": range(6, 8), "split-75": range(2, 8)}
+    assert all(1 <= len(t) < n for n in range(2, 20) for t in training_cores(range(n)).values())
+    names = contestant_names(arguments(cores=range(8)))
+    assert [name for turn, name in phases(names, 2) if turn == 1 and "split" in name] == ["split", "split-25", "split-75"]
+    assert contestant_names(arguments(cores=[0]))[-1] == "contending"
 
 
 def test_one_server_is_each_of_ours_by_its_settings() -> None:

@@ -134,6 +134,16 @@ def test_without_a_split_there_is_no_ratio_to_it() -> None:
     assert not any(found["split_attains"].values())
 
 
+def test_of_several_splits_the_best_counts_that_attains_the_slo() -> None:
+    """Loose: all three attain it, and the second trains most. Mid: none does. Strict: the slowest alone."""
+    more = [sample("split-75", 0, 120.0, None, [record(ttft=0.6)]), sample("split-25", 0, 50.0, None, [record(ttft=0.45)])]
+    halves = [sample("split", i, 80.0, None, [record(ttft=0.55)]) for i in range(3)]
+    found = cell_figures([*(s for s in cell() if s.contestant != "split"), *halves, *more], SLOS, ROW)
+    assert found["best_split"] == {"loose": "split-75", "mid": "split-75", "strict": "split-25"}
+    assert found["split_attains"] == {"loose": True, "mid": False, "strict": True}
+    assert found["speedup_vs_split"]["loose"] == 150 / 120  # the round that both took part in
+
+
 def test_no_idle_time_no_efficiency() -> None:
     full = [s if s.contestant != "inference-loose" else sample(s.contestant, s.round, 0.0, 10.0) for s in cell()]
     assert cell_figures(full, SLOS, ROW)["leftover_efficiency"]["loose"] is None
