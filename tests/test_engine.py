@@ -293,7 +293,8 @@ def test_shutdown_makes_jobs_durable(folder: Path, tmp_path: Path) -> None:
     assert again.add_job(dataclasses.replace(spec(tmp_path, finetune=config), resume=True)).step == 4
     rest = Run(again)
     rest.finish()
-    assert [e.step for e in rest.of("job")] == [5, 6]
+    assert [e.step for e in rest.of("job")] == [1, 2, 3, 4, 5, 6]  # those that are done are told again
+    assert rest.of("job")[:4] == run.of("job")
     assert not (tmp_path / "job" / "resume").exists(), "a finished job leaves no state to go on from"
 
 

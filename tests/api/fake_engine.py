@@ -2,6 +2,7 @@
 
 What the prompt contains steers it: `REFUSE` and `BUSY` refuse the request, `BREAK` fails it, `CRASH` kills the process,
 `SLOW` makes iterations long, `CLASS` and `MODE` are answered with the request's class and the scheduler's mode.
+Like the real one it makes a step durable before it tells of it, and tells of the steps again that it goes on from.
 """
 
 from __future__ import annotations
@@ -42,10 +43,15 @@ class FakeJob:
     step: int = 0
     paused: bool = False
     next_step: float = 0.0
+    untold: list[JobEvent] = field(default_factory=list)
 
     @property
     def resume_file(self) -> Path:
         return Path(self.spec.output_dir) / "resume" / "step"
+
+    def event(self, step: int) -> JobEvent:
+        figures = {"loss": 4.0 / step, "token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0}
+        return JobEvent(self.spec.id, "step", step, total_steps=self.total, tokens=10 * step, **figures)
 
 
 @dataclass
@@ -106,6 +112,7 @@ class FakeEngine:
         job = FakeJob(spec, min(steps, spec.finetune.max_steps or steps))
         if spec.resume and job.resume_file.exists():
             job.step = int(job.resume_file.read_text())
+            job.untold += [job.event(step + 1) for step in range(job.step)]
         self._jobs[spec.id] = job
 
     def pause_job(self, job_id: str) -> None:
@@ -171,6 +178,9 @@ class FakeEngine:
         return None if n is None else TokenLogprob(token, -0.5, tuple((token + i, -0.5 - i) for i in range(n)))
 
     def _train(self, job: FakeJob) -> list[JobEvent]:
+        if job.untold:
+            told, job.untold = job.untold, []
+            return told
         now = time.monotonic()
         if job.paused or now < job.next_step:
             return []
@@ -178,7 +188,7 @@ class FakeEngine:
         job.step += 1
         common: dict[str, Any] = {"step": job.step, "total_steps": job.total, "tokens": 10 * job.step}
         job_id = job.spec.id
-        events = [JobEvent(job_id, "step", loss=4.0 / job.step, token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, **common)]
+        events = [job.event(job.step)]
         if job.step == job.total or job.step % (job.spec.finetune.checkpoint_every or 10) == 0:
             path = Path(job.spec.output_dir) / f"checkpoint-{job.step}"
             path.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,56 @@ def test_the_engine_dies_and_comes_back(tiny_llama: Path, tmp_path: Path) -> Non
         assert steps_of(server, job_id) == list(range(1, 51))  # each step is told once
 
 
+@dataclass
+class SilentEngine(FakeEngine):
+    """Is gone, once, with a step that is durable and that nobody heard of."""
+
+    def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:
+        result = super().step(waited)
+        marker = self.config.state_dir / "was-gone"
+        if any(event.kind == "step" and event.step == 6 for event in result.events) and not marker.exists():
+            marker.touch()
+            os._exit(9)
+        return result
+
+
+def build_silent(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
+    return SilentEngine(config)
+
+
+def test_a_step_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_silent)
+    with serve(settings) as server:
+        job_id = start_job(server, hyperparameters={"n_epochs": 10, "batch_size": 8})
+        wait_for_job(server.client(), job_id, "succeeded")
+        assert server.stats()["engine"]["starts"] == 2
+        assert steps_of(server, job_id) == list(range(1, 11))
+
+
+class DoomedEngine(FakeEngine):
+    """No job gets beyond its fifth step."""
+
+    def step(self, waited: Callable[[], float] = nobody_waits) -> StepResult:
+        if any(job.step == 5 and not job.untold for job in self._jobs.values()):
+            os._exit(9)
+        return super().step(waited)
+
+
+def build_doomed(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
+    return DoomedEngine(config)
+
+
+def test_a_job_that_kills_the_engine_fails(tiny_llama: Path, tmp_path: Path) -> None:
+    """Though each start tells the same five steps again: that is no progress."""
+    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_doomed)
+    with serve(settings) as server:
+        job_id = start_job(server, hyperparameters={"n_epochs": 10, "batch_size": 8})
+        job = wait_for_job(server.client(), job_id, "failed")
+        assert job.error.code == "engine_crashed"
+        assert steps_of(server, job_id) == list(range(1, 6))
+        eventually(lambda: server.http().get("/health").status_code == 200)
+
+
 def test_a_request_that_kills_the_engine_fails_alone(tiny_llama: Path, tmp_path: Path) -> None:
     with serve(fake_settings(tiny_llama, tmp_path)) as server:
         client = server.client()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flexllm.peft.io import AdapterFile, load_adapter, save_adapter
 from flexllm.peft.pool import AdapterPool, AdapterSlot
 
 RESUME_FOLDER = "resume"
+RETOLD = 100  # of the last steps, which a resume state tells again: a process that was killed may have had no time to tell of them
 
 
 @dataclass
@@ -67,6 +69,7 @@ class TrainingJob:
     # Rows through all layers, as they go; in the backward each layer counts for its share, or a slow job would seem to stand still.
     phase_tokens: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
     last_saved: float = -math.inf  # when the resume state was last written
+    told: deque[JobEvent] = field(default_factory=lambda: deque(maxlen=RETOLD))  # the last steps
     _programs: dict[int, LevelProgram] = field(default_factory=dict)
     write_failed: bool = False  # set by the writer's thread: the job has failed, and nothing more of it is written or announced
 
@@ -145,7 +148,7 @@ class TrainingJob:
         self.ledger.zero()
         self.tokens += sum(s.length for s in self.job.group)
         step = self.job.step + 1  # the scheduler counts it in update()
-        return JobEvent(
+        event = JobEvent(
             self.job.id,
             "step",
             step,
@@ -159,6 +162,8 @@ class TrainingJob:
             learning_rate=rate,
             save_level=self.job.levels[max(s.level for s in self.job.group)].name,
         )
+        self.told.append(event)
+        return event
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.spec.finetune.checkpoint_every or self.job.steps_per_epoch
@@ -180,7 +185,8 @@ class TrainingJob:
 
     def snapshot_resume(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and numbers from which the job goes on after a crash, at an optimizer-step boundary; copies."""
-        return self.optimizer.state_dict(), {"step": self.optimizer.steps, "tokens": self.tokens, "job": self.job.id}
+        told = [asdict(event) for event in self.told]
+        return self.optimizer.state_dict(), {"step": self.optimizer.steps, "tokens": self.tokens, "job": self.job.id, "told": told}
 
     def write_resume(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         save_resume(Path(self.spec.output_dir) / RESUME_FOLDER, tensors, meta)
@@ -190,6 +196,7 @@ class TrainingJob:
         self.model.refresh_adapter(self.pool, self.slot)
         self.job.step = int(meta["step"])
         self.tokens = int(meta["tokens"])
+        self.told.extend(JobEvent(**event) for event in meta.get("told", ()))
 
     def remove_resume(self) -> None:
         shutil.rmtree(Path(self.spec.output_dir) / RESUME_FOLDER, ignore_errors=True)

@@ -137,7 +137,10 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------------- jobs
     def add(self, training: TrainingJob) -> None:
+        """A job that goes on from a durable state first tells its last steps again, in case nobody heard of them."""
         self.jobs[training.job.id] = training
+        for event in training.told:
+            self.events.put(event)
 
     def remove(self, job_id: str) -> None:
         """Forget a job; what it holds in memory is released, that of sequences that wait for their optimizer step too."""

@@ -21,9 +21,8 @@ class JobLog:
         self._insert(job_id, text, level, None)
 
     def step(self, job: JobRecord, event: JobEvent) -> None:
-        """An optimizer step; one that is run again after a crash was told before."""
-        if event.step <= job.step:
-            return
+        """An optimizer step that nobody knew of."""
+        assert event.step > job.step
         job.step, job.total_steps, job.trained_tokens = event.step, event.total_steps, event.tokens
         self._store.jobs.update(job)
         data = {

@@ -264,6 +264,8 @@ class JobService:
         job = self._store.jobs.get(event.job_id)
         if job is None or job.is_final:
             return
+        if event.kind == "step" and event.step <= job.step:
+            return  # it was known before the engine died; now it is told again, or was done again
         self._context.metrics.job_event(event)
         if event.kind == "step":
             self._crashes.pop(job.id, None)
