@@ -10,7 +10,9 @@ from pathlib import Path
 from flexllm.simulate.workload import Arrival, gamma_arrivals, load_trace
 
 FIRST_ORDINARY_TOKEN = 1000  # below it live special tokens and single bytes in the vocabularies we use
-PROMPT_SCALE, MAX_PROMPT = 1 / 8, 512  # so that recorded requests fit a small machine
+# So that recorded requests fit a small machine; the longest prompt takes half of the strict TTFT there if it is alone, so that what is held
+# against whom is what schedulers do, and not whether the machine has a good moment.
+PROMPT_SCALE, MAX_PROMPT = 1 / 8, 256
 OUTPUT_SCALE, MIN_OUTPUT, MAX_OUTPUT = 1 / 4, 4, 64
 USUAL_H = 2.2  # of the machine they were chosen on (grid.py); on slower ones requests are shorter
 LENGTH_CV = 0.5
@@ -18,8 +20,8 @@ SYNTHETIC_SECONDS = 4000.0  # of a made-up trace, at one request per second
 SKIPPED = 500  # the first arrivals of a recorded trace: it begins with gaps
 # name: (file of a recording, or none; what stands in where it is missing: burstiness and mean lengths, as scaled)
 TRACES: dict[str, tuple[str | None, float, int, int]] = {
-    "azure-conv": ("azure2023_conv_min00-30.csv", 1.0, 155, 50),
-    "azure-code": ("azure2023_code_min00-30.csv", 3.0, 218, 7),
+    "azure-conv": ("azure2023_conv_min00-30.csv", 1.0, 125, 45),
+    "azure-code": ("azure2023_code_min00-30.csv", 3.0, 160, 7),
     "bursty": (None, 3.0, 128, 48),
 }
 

@@ -32,9 +32,9 @@ def test_requests_are_shorter_on_a_slow_machine(tmp_path: Path) -> None:
     recorded(tmp_path, SKIPPED + 200)
     trace = Trace.named("azure-conv", tmp_path, seed=0, shorter=3)
     assert trace.arrivals[0].prompt_tokens == min(MAX_PROMPT // 3, round(10 / 3 * (SKIPPED % 70 + 1)))
-    assert {max(a.prompt_tokens for a in trace.arrivals), max(a.output_tokens for a in trace.arrivals)} == {170, 21}
+    assert {max(a.prompt_tokens for a in trace.arrivals), max(a.output_tokens for a in trace.arrivals)} == {85, 21}
     assert min(a.output_tokens for a in trace.arrivals) == MIN_OUTPUT
-    assert "at most 170" in trace.source
+    assert "at most 85" in trace.source
     assert "42 / 16 tokens" in Trace.named("bursty", tmp_path, seed=0, shorter=3).source
 
 

@@ -34,13 +34,13 @@ def test_extending_is_allocating_one_more_at_the_end():
         pool.allocate(1)
     extended, appended = [0], [0]
     for _ in range(4):
-        pools[0].extend(extended)
+        pools[0].extend([extended])
         appended += pools[1].allocate(1, after=appended[-1])
         assert extended == appended
         for pool in pools:
             pool.check_integrity()
     with pytest.raises(NoFreeBlocks):
-        pools[0].extend(extended)
+        pools[0].extend([extended])
 
 
 def test_earmarks_end_with_the_run_they_follow():

@@ -79,10 +79,16 @@ class SlackFill:
                     return True
                 # else it starts over, with fewer rows
             limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
-            labels = partial(expected_labels, sequence)
-            rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
-            if rows < limit and self._fits_later(_window(sequence, min(limit, 2 * rows + 1))) and self._waits(state):
-                return True
+            if limit == 0:
+                continue
+            rows, whole = limit, _window(sequence, limit)
+            if self._latency.predict(self.features + _features_of(whole)) > self._budget:
+                if self._fits_later(whole) and self._waits(state):  # then it does not matter how many rows would fit now
+                    return True
+                labels = partial(expected_labels, sequence)
+                rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
+                if self._fits_later(_window(sequence, min(limit, 2 * rows + 1))) and self._waits(state):
+                    return True
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
             if rows > 0:
@@ -166,7 +172,8 @@ class SlackFill:
                 return False
 
     def _add_rows_of(self, state: JobState, item: BackwardSlice) -> bool:
-        """A slice, or as many of its rows as ever fit, the last ones. False when the time is used up."""
+        """Of a slice that does not fit: nothing if it may wait, else as many of its rows as ever fit, the last ones. False when the time
+        is used up."""
         level = [(part.sequence, part.end) for part in item.parts]
         layers, limit = item.num_layers, item.rows
         weight = layers * item.parts[0].sequence.save_level.cost
@@ -175,8 +182,10 @@ class SlackFill:
         def most(base: PlanFeatures, budget: float) -> int:
             return self._latency.most_backward_rows(base, weight, pairs, limit, budget)
 
+        if self._latency.predict(self._inference + _features_of_slice(item)) <= self._ceiling and self._waits(state):
+            return False
         rows = most(self.features, self._budget)
-        if rows < limit and rows < most(self._inference, self._ceiling) and self._waits(state):
+        if rows < most(self._inference, self._ceiling) and self._waits(state):
             return False
         if self._is_forced:
             rows = max(rows, min(limit, MIN_ROWS))

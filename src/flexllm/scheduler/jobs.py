@@ -160,12 +160,17 @@ class JobTable:
     def take_turns(self) -> list[JobState]:
         """Jobs that may be given time: those of the tenant that has had least of it first, and of these the one that has; each with
         a group under way."""
-        active = [s for s in self._states.values() if s.is_active]
-        for state in active:
-            state.job.status = JobStatus.RUNNING
-            if not state.job.group:
+        turns: list[tuple[float, float, int, JobState]] = []
+        for state in self._states.values():
+            if not state.is_active:
+                continue
+            job = state.job
+            job.status = JobStatus.RUNNING
+            if not job.group:
                 state.begin_group(self._ids)
-        return sorted(active, key=lambda s: (self._served[s.job.tenant], s.job.served))
+            turns.append((self._served[job.tenant], job.served, len(turns), state))
+        turns.sort()
+        return [state for _, _, _, state in turns]
 
     def drop_paused(self) -> None:
         for state in self._pausing:

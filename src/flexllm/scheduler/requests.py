@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from functools import cache, partial
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ class PrefillLimit(NamedTuple):
 
     seconds: float  # that it may be predicted to take
     urgent: float  # the same, for what they may not exceed whatever they need themselves
-    needed: float  # prompt rows that it has to have nevertheless
+    needed: Callable[[], float]  # prompt rows that it has to have nevertheless; a look at the queue
 
 
 class PriorityClass:
@@ -130,9 +132,9 @@ class RequestQueues:
         pages from finetuning until n are free or it has none left; `reclaimable()` is what it holds.
         """
         self._grow_all(reclaim)
-        decodes = list(self._next_rows.values())
+        decodes: list[InferenceChunk] = []  # beside the next row of every decoding request
         prefills: list[InferenceChunk] = []
-        rows_left = self._config.max_batch_tokens - len(decodes)
+        rows_left = self._config.max_batch_tokens - len(self._next_rows)
         self.page_blocked = False
         candidates = self._prefill_order(reclaim, reclaimable)
         limits: dict[str, PrefillLimit] = {}  # by class
@@ -140,27 +142,27 @@ class RequestQueues:
             limit = min(rows_left, candidate.num_tokens - candidate.num_computed)
             if candidate.priority not in limits:
                 limits[candidate.priority] = self._prefill_limit(self._class_of(candidate), now, in_time)
-            rows = self._prefill_rows(candidate, (*decodes, *prefills), limit, limits[candidate.priority])
+            rows = self._prefill_rows(candidate, self._features_beside(decodes, prefills), limit, limits[candidate.priority])
             start, end = candidate.num_computed, candidate.num_computed + rows
             chunk = InferenceChunk(candidate, start, end, end == candidate.num_tokens)
             (decodes if chunk.is_decode else prefills).append(chunk)  # a prefill's last row alone is a decode row to the model
             rows_left -= rows
             if rows < limit:
                 break
-        return (*decodes, *prefills)
+        return (*self._next_rows.values(), *decodes, *prefills)
 
     def _prefill_limit(self, queue: PriorityClass, now: float, in_time: Callable[[float], float]) -> PrefillLimit:
         all_due, urgent_due = self._earliest_due(), math.inf
         if more_urgent := {name for name, other in self._classes.items() if other.slo.ttft < queue.slo.ttft}:
             urgent_due = min((at for i, at in self._deadlines.items() if self._requests[i].priority in more_urgent), default=math.inf)
-        return PrefillLimit(in_time(all_due - now), in_time(urgent_due - now), self._needed_rows(queue, now))
+        return PrefillLimit(in_time(all_due - now), in_time(urgent_due - now), cache(partial(self._needed_rows, queue, now)))
 
     def _needed_rows(self, queue: PriorityClass, now: float) -> float:
         """Prompt rows of a class that every iteration has to have so that its first tokens come in time: with so many, the queue up to each
         request is done when the time of SAFETY tokens is left, decode rows and all. inf if nothing is quick enough."""
         full = self._config.max_batch_tokens
         per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
-        beside = self._latency.predict(self.features(tuple(self._next_rows.values())))  # seconds of an iteration without prompts
+        beside = self._latency.predict(self._features_beside((), ()))  # seconds of an iteration without prompts
         latest = now + SAFETY * queue.slo.tpot
         rows, needed = 0, 0.0
         for request in islice(chain(queue.prefilling, queue.waiting), MAX_LOOK):
@@ -172,30 +174,35 @@ class RequestQueues:
                 needed = rows / spare
         return needed * beside
 
-    def _prefill_rows(self, request: Request, chunks: tuple[InferenceChunk, ...], limit: int, at_most: PrefillLimit) -> int:
-        """Rows of a prompt that join `chunks`, at least LEAST_ROWS."""
-        features = self.features(chunks)
+    def _prefill_rows(self, request: Request, beside: PlanFeatures, limit: int, at_most: PrefillLimit) -> int:
+        """Rows of a prompt that join those of an iteration, at least LEAST_ROWS."""
 
         def within(seconds: float) -> int:
             if seconds == math.inf:
                 return limit
-            rows = self._latency.most_prefill_rows(features, request.num_computed, limit, seconds)
+            rows = self._latency.most_prefill_rows(beside, request.num_computed, limit, seconds)
             return max(rows, min(limit, LEAST_ROWS))
 
-        needed = at_most.needed - (features.rows - len(self._decoding))
-        return min(max(within(at_most.seconds), limit if needed >= limit else math.ceil(needed)), within(at_most.urgent))
+        rows = within(at_most.seconds)
+        if rows < limit:
+            needed = at_most.needed() - (beside.rows - len(self._decoding))
+            rows = max(rows, limit if needed >= limit else math.ceil(needed))
+        return min(rows, within(at_most.urgent))
 
     def features(self, chunks: tuple[InferenceChunk, ...]) -> PlanFeatures:
         """Of the chunks `plan` returned just now: what `features_of` computes, without a look at every decode row."""
-        known = len(self._decoding)
-        decodes = [c for c in chunks[known:] if c.is_decode]
-        prefills = chunks[known + len(decodes) :]
+        further = chunks[len(self._decoding) :]
+        return self._features_beside([c for c in further if c.is_decode], [c for c in further if not c.is_decode])
+
+    def _features_beside(self, decodes: SequenceOf[InferenceChunk], prefills: SequenceOf[InferenceChunk]) -> PlanFeatures:
+        """The same of the next rows of all decoding requests and these chunks of others."""
+        rows = len(self._decoding) + len(decodes)
         return PlanFeatures(
-            rows=known + sum(c.end - c.start for c in chunks[known:]),
-            decode_rows=known + len(decodes),
-            decode_context=self._decode_context + sum(c.end for c in decodes),
-            prefill_pairs=sum(c.pairs for c in prefills),
-            sampled_rows=known + sum(c.sample for c in chunks[known:]),
+            rows=rows + sum([c.end - c.start for c in prefills]),
+            decode_rows=rows,
+            decode_context=self._decode_context + sum([c.end for c in decodes]),
+            prefill_pairs=sum([c.pairs for c in prefills]),
+            sampled_rows=rows + sum([c.sample for c in prefills]),
         )
 
     def slack(self, now: float) -> float:
@@ -318,8 +325,7 @@ class RequestQueues:
         while len(self._need_page) > self._pool.num_free:
             running = (r for r in self._requests.values() if r.status is RequestStatus.RUNNING)
             self._preempt(max(running, key=self._urgency))
-        for request in self._need_page.values():
-            self._pool.extend(request.blocks)
+        self._pool.extend([request.blocks for request in self._need_page.values()])
         self._need_page.clear()
 
     def _preempt(self, request: Request) -> None:
