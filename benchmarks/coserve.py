@@ -252,7 +252,7 @@ def options() -> argparse.Namespace:
     found.add_argument("--loads", nargs="+", choices=list(LOADS), help="default: all of them, mid with --quick")
     found.add_argument("--contestants", nargs="+", metavar="NAME", help="only these (default: all of README.md's table)")
     found.add_argument("--rates", nargs="+", type=float, metavar="R", help="requests/s of each load, instead of shares of the capacity")
-    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 6.5, with --quick 6)")
+    found.add_argument("--seconds", type=float, help="of arrivals in a phase (default: 6)")
     found.add_argument("--rounds", type=int, help="default: 2, with --quick 1")
     found.add_argument("--temporal", nargs="*", type=int, metavar="N", help="of temporal sharing, 0: dynamic (default: 64 128 512 0)")
     found.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="also measure vLLM beside PEFT, with this vLLM")
@@ -260,7 +260,7 @@ def options() -> argparse.Namespace:
     args.traces = args.traces or (["azure-conv"] if args.quick else list(TRACES))
     args.loads = args.loads or (["mid"] if args.quick else list(LOADS))
     args.cores = sorted(os.sched_getaffinity(0))
-    args.seconds = args.seconds or (6.0 if args.quick else 6.5)
+    args.seconds = args.seconds or 6.0
     args.rounds = args.rounds or (1 if args.quick else 2)
     args.temporal = args.temporal if args.temporal is not None else ([128] if args.quick else [64, 128, 512, 0])
     if args.rates and len(args.rates) != len(args.loads):

@@ -221,6 +221,23 @@ def test_only_time_that_did_something_counts():
     assert 0 < job.served - before < 0.8 * whole
 
 
+@pytest.mark.parametrize(("length", "windows"), [(190, [64, 64, 62]), (200, [69, 69, 62])])
+def test_windows_are_cut_to_numbers_of_rows_that_recur(length: int, windows: list[int]):
+    """GEMMs of other numbers need code of their own; but not for the price of another window."""
+    engine = FakeEngine(num_blocks=400, latency=simple_model(row=1e-3, t0=1e-3), idle_slice=0.07)
+    engine.scheduler.add_job(make_job("j", [length], group_size=1))
+    assert [engine.step().window_rows for _ in windows] == windows
+
+
+def test_rows_beside_a_window_count_too():
+    engine = FakeEngine(num_blocks=400, latency=simple_model(row=1e-3, t0=1e-3), idle_slice=0.07, slo=SLO(ttft=1e6, tpot=1.0))
+    engine.add_request(make_request("r", 5, 20, engine.now))
+    engine.step()
+    engine.scheduler.add_job(make_job("j", [180], group_size=1))
+    plan = engine.step()
+    assert (plan.inference_rows, plan.window_rows) == (1, 63)
+
+
 def interrupted_window() -> tuple[FakeEngine, TokenWindow]:
     """A window of 64 rows that a newcomer stopped behind the first of three layers."""
     engine = FakeEngine(num_blocks=400, latency=simple_model(row=1e-3, t0=1e-3), idle_slice=1.0)

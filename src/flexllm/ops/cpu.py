@@ -22,7 +22,9 @@ from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**21  # at a time, in the model's type: 128 rows of a vocabulary of 49152; twice as many gain 4 % of the head
 EXPAND_ROWS = 6  # up to here, expanding a quantized weight while it is used is faster than doing so first for a GEMM
-FEW_ROWS = 64  # up to here, what a call of oneDNN costs is more than a low-rank product itself
+FEW_ROWS = (
+    64  # up to here, what a call of oneDNN costs is more than a low-rank product itself, in bf16; fp32 goes to MKL, whose calls cost less
+)
 SOFTMAX = 2**19  # of them at a time in fp32: these stay in cache
 CODE_CACHE = 4096  # entries in oneDNN's cache, two to a GEMM of so many rows, together some 0.8 MB
 
@@ -72,12 +74,12 @@ class CpuKernels(ReferenceKernels):
         return _packed_linear(dy, w.packed.backward, None)
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
-        if not _native(x) or x.shape[0] > FEW_ROWS:
+        if x.dtype != torch.bfloat16 or x.shape[0] > FEW_ROWS:
             return linear(x, w)
         return low_rank.matmul_nt(x, w)
 
     def add_matmul_nn_(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        if not _native(y) or y.shape[0] > FEW_ROWS:
+        if y.dtype != torch.bfloat16 or y.shape[0] > FEW_ROWS:
             return super().add_matmul_nn_(y, x, w)
         return low_rank.add_matmul_nn_(y, x, w)
 

@@ -15,6 +15,7 @@ from flexllm.scheduler.latency import LatencyModel, expected_labels
 
 MAX_WAITS = 16  # iterations in a row that finetuning may wait for a larger slack
 MIN_ROWS = 16  # of a window or slice that has to be
+ROW_UNIT = 8  # GEMMs of other numbers of rows need code of their own (oneDNN) or waste a part of a tile (CUDA)
 COHORT_ROWS = 512  # short sequences go down the layers together until their GEMMs are this large
 MAX_SLICE_ROWS = 1024  # GEMMs gain nothing beyond, temporaries grow
 
@@ -87,6 +88,7 @@ class SlackFill:
                     return True
                 labels = partial(expected_labels, sequence)
                 rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
+                rows = _rounded(rows, limit, self.features.rows)
                 if self._fits_later(_window(sequence, min(limit, 2 * rows + 1))) and self._waits(state):
                     return True
             if rows == 0 and self._is_forced:
@@ -184,7 +186,7 @@ class SlackFill:
 
         if self._latency.predict(self._inference + _features_of_slice(item)) <= self._ceiling and self._waits(state):
             return False
-        rows = most(self.features, self._budget)
+        rows = _rounded(most(self.features, self._budget), limit)
         if rows < most(self._inference, self._ceiling) and self._waits(state):
             return False
         if self._is_forced:
@@ -255,6 +257,13 @@ class SlackFill:
         predicted = self._latency.predict(self.features)
         self.seconds |= dict.fromkeys(work, (predicted - self.predicted) / len(work))
         self.predicted = predicted
+
+
+def _rounded(rows: int, of: int, beside: int = 0) -> int:
+    """`rows` of the `of` that there are, or a few less, so that with those `beside` them they are a multiple of ROW_UNIT; not where the
+    rest would then go in one piece more."""
+    fewer = rows - (beside + rows) % ROW_UNIT
+    return fewer if fewer >= MIN_ROWS and -(-of // fewer) == -(-of // rows) else rows
 
 
 def _window(sequence: Sequence, rows: int) -> TokenWindow:
