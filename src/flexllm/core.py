@@ -206,7 +206,9 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     level: int = 0  # index into the job's levels, chosen when it is admitted
     forward: int = 0
-    under_way: TokenWindow | None = None  # its next rows, which a newcomer interrupted: they can go on from the layer they reached
+    under_way: TokenWindow | None = (
+        None  # its next rows, interrupted by a newcomer: they, or the first of them, go on from the layer they reached
+    )
     layer: int = 0
     row: int = 0
 
@@ -221,6 +223,10 @@ class Sequence:
     @property
     def save_level(self) -> SaveLevel:
         return self.job.levels[self.level]
+
+    def next_window(self, rows: int) -> TokenWindow:
+        """Its next rows, from the layer on that they have reached."""
+        return TokenWindow(self, self.forward, self.forward + rows, self.under_way.layer if self.under_way else 0)
 
     def lowest_of_slice(self, layer: int) -> int:
         """The layer in which a backward slice that starts at `layer` ends."""
@@ -279,14 +285,15 @@ class TokenWindow:
     @property
     def rows_left(self) -> int:
         """Rows that would cost as much from the first layer on."""
-        return self._left(self.rows)
+        return self.left(self.rows)
 
     @property
     def pairs_left(self) -> int:
         """The same of visible query-key pairs."""
-        return self._left(_pairs(self.start, self.end))
+        return self.left(_pairs(self.start, self.end))
 
-    def _left(self, whole: int) -> int:
+    def left(self, whole: int) -> int:
+        """Of what all layers together cost, what those from `layer` on do."""
         if not self.layer:
             return whole
         layers = self.sequence.job.num_layers

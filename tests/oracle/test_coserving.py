@@ -189,16 +189,25 @@ def test_job_does_not_notice_requests(exact: World) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_interruptions_change_nothing(seed: int, exact: World) -> None:
-    """Finetuning that gives way at any layer of the forward, within the head or between backward slices goes on there another time."""
+    """Finetuning that gives way at any layer of the forward, within the head or between backward slices goes on there another time, all of
+    its rows at once or in parts."""
     alone, alone_spec = exact.alone()
     requests = exact.requests(n=20, span=150)
     answers = Run(exact.engine(seed=3))
     answers.serve(exact.requests(n=20, span=150))
     rng = random.Random(seed)
-    run, spec = Run(exact.engine(seed=3), waited=lambda: 10.0 if rng.random() < 0.2 else 0.0), exact.spec()
+    engine, spec = exact.engine(seed=3), exact.spec()
+
+    def waited() -> float:
+        engine.reconfigure(dataclasses.replace(engine.config.scheduler, max_window_rows=rng.choice([7, 512])))
+        return 10.0 if rng.random() < 0.2 else 0.0
+
+    run = Run(engine, waited=waited)
     run.engine.add_job(spec)
     run.serve(requests)
     cut = [p for p in run.plans if p.interrupted]
+    whole = {(w.sequence, w.start): w.end for p in cut for w, _ in p.suspended}
+    assert any(w.end < whole.get((w.sequence, w.start), 0) for p in run.plans for w in p.windows if w.layer), "in parts"
     assert any(not p.windows and not p.backward for p in cut), "in the forward"
     assert any(p.windows or p.backward for p in cut), "in the backward"
     assert {w.layer for p in run.plans for w in p.windows} == set(range(run.engine.model_config.num_layers + 1)), "goes on anywhere"

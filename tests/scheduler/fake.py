@@ -173,15 +173,19 @@ class FakeEngine:
             sequence = window.sequence
             assert window.start == self._forward.get(sequence.id, 0) < window.end <= sequence.length
             assert len(sequence.blocks) * self.pool.block_size >= window.end
-            self._go_on(window)
+            begun = self._go_on(window)
+            if begun and window.end < begun.end:
+                self._under_way[sequence.id] = replace(begun, start=window.end)
             self._forward[sequence.id] = window.end
             if window.end == sequence.length and not sequence.train:
                 self.validations[sequence.job.id].append((sequence.job.step, sequence.example))
                 self._drop(sequence.id)
         for window, layer in plan.suspended:
             assert window.start == self._forward.get(window.sequence.id, 0)
-            self._go_on(window)
-            self._under_way[window.sequence.id] = replace(window, layer=layer)
+            begun = self._go_on(window)
+            part = begun is not None and window.end < begun.end
+            if begun if part else layer:
+                self._under_way[window.sequence.id] = begun if part else replace(window, layer=layer)
         for item in plan.backward:
             assert len({part.sequence.job.id for part in item.parts}) == 1
             for part in item.parts:
@@ -197,9 +201,12 @@ class FakeEngine:
         for job in plan.optimizer_steps:
             self.steps[job.id].append(sorted(self._ledger.pop(job.id)))
 
-    def _go_on(self, window: TokenWindow) -> None:
+    def _go_on(self, window: TokenWindow) -> TokenWindow | None:
+        """What of its sequence was under way: the window has to be that or the first rows of it."""
         begun = self._under_way.pop(window.sequence.id, None)
-        assert window.layer == 0 or window == begun, "it goes on from another place than where it stopped"
+        assert window.layer == 0 if begun is None else window.end <= begun.end
+        assert begun is None or window == replace(begun, end=window.end), "it goes on from another place than where it stopped"
+        return begun
 
     def _drop(self, sequence_id: int) -> None:
         self._forward.pop(sequence_id, None)

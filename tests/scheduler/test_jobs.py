@@ -255,13 +255,24 @@ def test_an_interrupted_window_goes_on_where_it_was():
     assert window.sequence.forward == 64
 
 
-def test_an_interrupted_window_starts_over_when_its_rest_fits_no_more():
+def test_an_interrupted_window_goes_on_by_parts_when_its_rest_fits_no_more():
     engine, window = interrupted_window()
     engine.reconfigure(idle_slice=0.03)
-    (smaller,) = engine.step().windows
-    assert (smaller.start, smaller.layer) == (0, 0)
-    assert 20 < smaller.end < 30, "as many as fit"
+    assert engine.step().windows == (replace(window, end=40, layer=1),), "as many rows as fit"
+    assert window.sequence.under_way == replace(window, start=40, layer=1)
+    again = engine.step(cut=lambda plan: plan.cut(suspended=tuple((w, 2) for w in plan.windows)))
+    assert again.suspended == ((replace(window, start=40, layer=1), 2),)
+    assert engine.step().windows == (replace(window, start=40, layer=2),)
     assert window.sequence.under_way is None
+    engine.run()
+    assert engine.steps["j"] == [[0]]
+
+
+def test_an_interrupted_part_is_again_where_the_others_are():
+    engine, window = interrupted_window()
+    engine.reconfigure(idle_slice=0.03)
+    engine.step(cut=lambda plan: plan.cut(suspended=tuple((w, 2) for w in plan.windows)))
+    assert window.sequence.under_way == replace(window, layer=1)
     engine.run()
     assert engine.steps["j"] == [[0]]
 

@@ -5,7 +5,7 @@ import pytest
 
 from flexllm.core import BackwardSlice, InferenceChunk, PlanFeatures, Sequence, SlicePart, StepPlan, TokenWindow
 from flexllm.scheduler.latency import LatencyModel, features_of
-from tests.scheduler.fake import make_job, make_request
+from tests.scheduler.fake import LAYERS, make_job, make_request
 
 
 class Slowdown(NamedTuple):
@@ -169,14 +169,19 @@ def test_inverses_are_the_most_that_fits(budget):
     model = profiled()
     base = PlanFeatures(rows=8, decode_rows=8, decode_context=800, sampled_rows=8)
 
-    def with_window(n: int) -> float:
-        return model.predict(base + PlanFeatures(rows=n, prefill_pairs=n * 50 + n * (n + 1) // 2, label_rows=n // 2, windows=1))
+    job = make_job("j", [1000])
+    job.label_counts = [500]
+    sequence = Sequence(0, job, 0, 1000, forward=50)
+
+    def with_window(n: int, layer: int) -> float:
+        return model.predict(base + features_of(StepPlan(windows=(TokenWindow(sequence, 50, 50 + n, layer),))))
 
     def with_slice(n: int) -> float:
         return model.predict(base + PlanFeatures(backward_rows=n, backward_pairs=n * n, backward_slices=1))
 
-    n = model.most_window_rows(base, 50, lambda n: n // 2, 500, budget)
-    assert n == max([k for k in range(1, 501) if with_window(k) <= budget + 1e-12], default=0)
+    for layer in range(LAYERS + 1):
+        n = model.most_window_rows(base, TokenWindow(sequence, 50, 550, layer), budget)
+        assert n == max([k for k in range(1, 501) if with_window(k, layer) <= budget + 1e-12], default=0)
     n = model.most_backward_rows(base, 1.0, lambda n: n * n, 500, budget)
     assert n == max([k for k in range(1, 501) if with_slice(k) <= budget + 1e-12], default=0)
 

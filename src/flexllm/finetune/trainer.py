@@ -73,7 +73,7 @@ class Trainer:
             self._sums[loss.sequence].add(loss.loss_sum, loss.labels, loss.correct)
         for rows in batch.windows:
             sequence = rows.window.sequence
-            rows.state.under_way = None
+            rows.state.finish_window(rows.window.rows)
             if sequence.train:
                 self.jobs[sequence.job.id].phase_tokens["forward"] += rows.window.rows
             elif rows.window.end == sequence.length:

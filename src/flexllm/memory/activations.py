@@ -71,7 +71,7 @@ class SequenceState:
     store: ActivationStore
     dropout_seed: int | None = None  # None: nothing is dropped (validation)
     grad: Tensor | None = None
-    under_way: Tensor | None = None  # [n, d]: rows of an interrupted window, as the layer that it reached will take them
+    under_way: Tensor | None = None  # [n, d]: the next rows, interrupted, as the layer that they reached will take them
     reached: int = 0  # that layer
     kv_grad: dict[int, Tensor] = field(default_factory=dict)
 
@@ -90,5 +90,12 @@ class SequenceState:
         return self.store.bytes + sum(t.nbytes for t in others if t is not None)
 
     def suspend(self, layer: int, rows: Tensor) -> None:
-        """Keep the rows of a window whose layers below `layer` are done: copied, as they are part of a batch that would be kept whole."""
-        self.reached, self.under_way = layer, rows.clone()
+        """Keep the rows of a window whose layers below `layer` are done: copied, as they are part of a batch that would be kept whole. If
+        they are only the first of those under way, all of these stay where they were."""
+        if self.under_way is None or len(self.under_way) == len(rows):
+            self.reached, self.under_way = layer, rows.clone()
+
+    def finish_window(self, rows: int) -> None:
+        """The next `rows` rows have gone through all layers."""
+        more = self.under_way is not None and len(self.under_way) > rows
+        self.under_way = self.under_way[rows:] if self.under_way is not None and more else None

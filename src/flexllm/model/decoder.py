@@ -97,8 +97,8 @@ class _RowsUnderWay:
         windows = self._begun_by(layer)
         if self._suspended or len(windows) == len(self.windows):
             return
-        kept = [w.state.under_way for w in windows[len(self.windows) :]]
-        self.x = torch.cat([self.x, *(x for x in kept if x is not None)])
+        kept = [w.state.under_way[: w.window.rows] for w in windows[len(self.windows) :] if w.state.under_way is not None]
+        self.x = torch.cat([self.x, *kept])
         self._have(windows)
 
     def suspend_windows(self, layer: int) -> None:

@@ -72,29 +72,21 @@ class SlackFill:
     def _forward(self, state: JobState, share: int) -> bool:
         """Windows for the sequences of a job. False when they used up the time."""
         for sequence in self._going_forward(state, share):
-            if (window := sequence.under_way) is not None and window.rows <= self._window_rows_left:
-                if self._latency.predict(self.features + _features_of(window)) <= self._budget:
-                    self._add_window(state, window)
-                    continue
-                if self._fits_later(window) and self._waits(state):
-                    return True
-                # else it starts over, with fewer rows
-            limit = min(self._window_rows_left, self._jobs.rows_with_pages(sequence))
+            ready = sequence.under_way.rows if sequence.under_way else self._jobs.rows_with_pages(sequence)
+            limit = min(self._window_rows_left, ready)
             if limit == 0:
                 continue
-            rows, whole = limit, _window(sequence, limit)
+            rows, whole = limit, sequence.next_window(limit)
             if self._latency.predict(self.features + _features_of(whole)) > self._budget:
                 if self._fits_later(whole) and self._waits(state):  # then it does not matter how many rows would fit now
                     return True
-                labels = partial(expected_labels, sequence)
-                rows = self._latency.most_window_rows(self.features, sequence.forward, labels, limit, self._budget)
-                rows = _rounded(rows, limit, self.features.rows)
-                if self._fits_later(_window(sequence, min(limit, 2 * rows + 1))) and self._waits(state):
+                rows = _rounded(self._latency.most_window_rows(self.features, whole, self._budget), limit, self.features.rows)
+                if self._fits_later(sequence.next_window(min(limit, 2 * rows + 1))) and self._waits(state):
                     return True
             if rows == 0 and self._is_forced:
                 rows = min(limit, MIN_ROWS)
             if rows > 0:
-                self._add_window(state, _window(sequence, rows))
+                self._add_window(state, sequence.next_window(rows))
             if rows < limit:
                 return rows == 0  # where not one row fits, a slice may
         return True
@@ -264,11 +256,6 @@ def _rounded(rows: int, of: int, beside: int = 0) -> int:
     rest would then go in one piece more."""
     fewer = rows - (beside + rows) % ROW_UNIT
     return fewer if fewer >= MIN_ROWS and -(-of // fewer) == -(-of // rows) else rows
-
-
-def _window(sequence: Sequence, rows: int) -> TokenWindow:
-    """The next rows of a sequence."""
-    return TokenWindow(sequence, sequence.forward, sequence.forward + rows)
 
 
 def _features_of(window: TokenWindow) -> PlanFeatures:

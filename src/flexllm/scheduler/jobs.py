@@ -252,8 +252,8 @@ class JobTable:
         for window, layer in plan.suspended:
             job = window.sequence.job
             self._charge(job, seconds[window] * (layer - window.layer) / job.num_layers)
-            if self._state_of(window.sequence) is not None:
-                window.sequence.under_way = replace(window, layer=layer) if layer else None
+            if layer and self._state_of(window.sequence) is not None and window.end == _end_under_way(window):
+                window.sequence.under_way = replace(window, layer=layer)  # a part of what was under way is again where that is
         for item in plan.backward:
             self._charge(item.job, seconds[item])
             self._advance_backward(item)
@@ -336,7 +336,8 @@ class JobTable:
         if state is None:
             return
         assert sequence.forward == window.start
-        sequence.forward, sequence.under_way = window.end, None
+        rest = replace(window, start=window.end, end=_end_under_way(window))
+        sequence.forward, sequence.under_way = window.end, rest if rest.rows else None
         if sequence.done:
             self._complete(state, sequence)
             if state.num_undone == 0:  # only a validation pass ends with a forward
@@ -397,6 +398,12 @@ class JobTable:
             self._released[sequence.id] = sequence
         state.pending = deque(state.job.group)
         state.num_undone = len(state.job.group)
+
+
+def _end_under_way(window: TokenWindow) -> int:
+    """Of the rows that were under way when the window was planned: its own end, if it was not a part of them."""
+    under_way = window.sequence.under_way
+    return window.end if under_way is None else under_way.end
 
 
 def _owner(sequence: Sequence) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexllm.core import PlanFeatures, Sequence, StepPlan
+from flexllm.core import PlanFeatures, Sequence, StepPlan, TokenWindow
 
 VERSION = 2  # of a stored profile
 EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
@@ -110,16 +110,17 @@ class LatencyModel:
     def predict(self, features: PlanFeatures) -> float:
         return 0.0 if features.is_empty else self._seconds(features)
 
-    def most_window_rows(self, base: PlanFeatures, start: int, labels: Callable[[int], int], limit: int, budget: float) -> int:
-        """Largest n <= limit such that `base` and a window [start, start + n) with labels(n) labels take <= budget."""
+    def most_window_rows(self, base: PlanFeatures, window: TokenWindow, budget: float) -> int:
+        """Largest n such that `base` and the first n rows of `window` take <= budget."""
         per_pair, _, per_label, per_window = self._linear[2:6]
         fixed = self._seconds(base) + self._drift * (per_window - self._curve(base.rows))
+        sequence, start, left = window.sequence, window.start, window.left
 
         def cost(n: int) -> float:
-            pairs = n * start + n * (n + 1) // 2
-            return fixed + self._drift * (self._curve(base.rows + n) + per_pair * pairs + per_label * labels(n))
+            pairs, labels = left(n * start + n * (n + 1) // 2), expected_labels(sequence, n)
+            return fixed + self._drift * (self._curve(base.rows + left(n)) + per_pair * pairs + per_label * labels)
 
-        return _largest(limit, cost, budget)
+        return _largest(window.rows, cost, budget)
 
     def most_prefill_rows(self, base: PlanFeatures, start: int, limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and rows [start, start + n) of a prompt take <= budget."""
