@@ -127,6 +127,15 @@ def test_a_slice_that_never_fits_is_cut():
     assert engine.steps["j"] == [[0]]
 
 
+def test_beside_requests_finetuning_gets_half_a_second_at_most():
+    engine = FakeEngine(num_blocks=400, latency=simple_model(row=1e-2, t0=1e-3), idle_slice=2.0, slo=SLO(ttft=1e6, tpot=100.0))
+    engine.scheduler.add_job(make_job("j", [190] * 4, group_size=1))
+    assert engine.step().window_rows == 190
+    engine.add_request(make_request("r", 5, 20, engine.now))
+    plans = [engine.step() for _ in range(20)]
+    assert max(plan.window_rows for plan in plans if plan.inference) == 50
+
+
 def test_an_optimizer_step_beyond_idle_slice_takes_the_slack():
     latency = simple_model(t0=0.01, row=1e-4, backward_rows=1e-4, optimizer_steps=0.3)
     engine = FakeEngine(latency=latency, num_blocks=100, slo=SLO(ttft=100, tpot=0.05), idle_slice=0.1)

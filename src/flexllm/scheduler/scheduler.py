@@ -14,6 +14,7 @@ from flexllm.scheduler.requests import RequestQueues
 MARGIN_QUANTILE = 0.95  # of recent prediction errors: the mean of a request's iterations is what its TPOT is
 MAX_MARGIN = 1.0
 MARGIN_EVERY = 16  # updates between two looks at the errors
+SHARED_SLICE = 0.5  # seconds of finetuning in an iteration that has rows of requests, at most
 
 
 class HybridTokenScheduler:
@@ -146,7 +147,7 @@ class HybridTokenScheduler:
 
     def _compose(self, inference: tuple[InferenceChunk, ...], features: PlanFeatures, slack: float, finetuning: bool) -> StepPlan:
         """The plan of these inference rows and, when it is its time, of finetuning up to the slack."""
-        ceiling = self.latency.predict(features) + self.config.idle_slice if inference else slack
+        ceiling = self.latency.predict(features) + min(self.config.idle_slice, SHARED_SLICE) if inference else slack
         fill = SlackFill(self._jobs, self.latency, features, slack, ceiling, self.config.max_window_rows, must_progress=not inference)
         turns = self._jobs.take_turns() if finetuning else []
         if turns:
