@@ -93,7 +93,7 @@ class SchedulerConfig:
     max_waiting: int = 4096  # beyond it, new requests are refused (429)
     max_window_rows: int = 512  # finetuning forward rows per iteration
     max_sequences: int = 8  # training sequences in flight, all jobs
-    idle_slice: float = 0.5  # seconds of finetuning in an iteration; a request that comes meanwhile interrupts it
+    idle_slice: float = 0.5  # seconds of finetuning in an iteration that serves nobody; a request that comes meanwhile interrupts it
     temporal_inference_steps: int = 64  # mode `temporal`: inference iterations between two finetuning ones; 0: dynamic
 
     def __post_init__(self) -> None:

@@ -206,9 +206,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     level: int = 0  # index into the job's levels, chosen when it is admitted
     forward: int = 0
-    under_way: TokenWindow | None = (
-        None  # its next rows, interrupted by a newcomer: they, or the first of them, go on from the layer they reached
-    )
+    under_way: TokenWindow | None = None  # its next rows, if interrupted: they, or the first of them, go on from the layer they reached
     layer: int = 0
     row: int = 0
 

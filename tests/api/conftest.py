@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from openai import OpenAI
 from flexllm.config import EngineConfig
 from flexllm.server.app import create_app
 from flexllm.server.context import Settings
-from tests.api.fake_engine import build_fake
+from tests.api.fake_engine import FakeEngine, build_fake
 
 MODEL = "tiny"
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -80,8 +81,9 @@ def serve(settings: Settings, wait: bool = True) -> Iterator[Server]:
         assert not thread.is_alive()
 
 
-def fake_settings(model: Path, state_dir: Path, **options: Any) -> Settings:
-    return Settings(EngineConfig(model=str(model), state_dir=state_dir), served_model_name=MODEL, build_engine=build_fake, **options)
+def fake_settings(model: Path, state_dir: Path, kind: type[FakeEngine] = FakeEngine, **options: Any) -> Settings:
+    build = partial(build_fake, kind=kind)
+    return Settings(EngineConfig(model=str(model), state_dir=state_dir), served_model_name=MODEL, build_engine=build, **options)
 
 
 @pytest.fixture(scope="module")

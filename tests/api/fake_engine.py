@@ -31,9 +31,9 @@ SLOW_STEP_SECONDS = 0.03
 JOB_STEP_SECONDS = 0.02
 
 
-def build_fake(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:
+def build_fake(config: EngineConfig, progress: ProgressCallback, kind: type[FakeEngine] | None = None) -> FakeEngine:
     progress("loading the model", 0.5)
-    return FakeEngine(config)
+    return (kind or FakeEngine)(config)
 
 
 @dataclass

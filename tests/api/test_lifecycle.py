@@ -101,13 +101,8 @@ class SilentEngine(FakeEngine):
         return result
 
 
-def build_silent(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
-    return SilentEngine(config)
-
-
 def test_a_step_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_silent)
-    with serve(settings) as server:
+    with serve(fake_settings(tiny_llama, tmp_path, SilentEngine)) as server:
         job_id = start_job(server, hyperparameters={"n_epochs": 10, "batch_size": 8})
         wait_for_job(server.client(), job_id, "succeeded")
         assert server.stats()["engine"]["starts"] == 2
@@ -123,14 +118,9 @@ class DoomedEngine(FakeEngine):
         return super().step(waited)
 
 
-def build_doomed(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
-    return DoomedEngine(config)
-
-
 def test_a_job_that_kills_the_engine_fails(tiny_llama: Path, tmp_path: Path) -> None:
     """Though each start tells the same five steps again: that is no progress."""
-    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_doomed)
-    with serve(settings) as server:
+    with serve(fake_settings(tiny_llama, tmp_path, DoomedEngine)) as server:
         job_id = start_job(server, hyperparameters={"n_epochs": 10, "batch_size": 8})
         job = wait_for_job(server.client(), job_id, "failed")
         assert job.error.code == "engine_crashed"
@@ -183,13 +173,8 @@ class LateEngine(FakeEngine):
         return tuple(self.late)
 
 
-def build_late(config: EngineConfig, progress: ProgressCallback) -> FakeEngine:  # noqa: ARG001
-    return LateEngine(config)
-
-
 def test_the_last_words_of_the_engine_are_heard(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = Settings(EngineConfig(model=str(tiny_llama), state_dir=tmp_path), served_model_name=MODEL, build_engine=build_late)
-    with serve(settings) as server:
+    with serve(fake_settings(tiny_llama, tmp_path, LateEngine)) as server:
         job_id = start_job(server, hyperparameters={"n_epochs": 1})
         eventually(lambda: len(steps_of(server, job_id)) == 2)
     store = Store(tmp_path / "flexllm.sqlite")

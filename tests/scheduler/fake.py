@@ -183,9 +183,10 @@ class FakeEngine:
         for window, layer in plan.suspended:
             assert window.start == self._forward.get(window.sequence.id, 0)
             begun = self._go_on(window)
-            part = begun is not None and window.end < begun.end
-            if begun if part else layer:
-                self._under_way[window.sequence.id] = begun if part else replace(window, layer=layer)
+            if begun and window.end < begun.end:  # a part stays with the others
+                self._under_way[window.sequence.id] = begun
+            elif layer:
+                self._under_way[window.sequence.id] = replace(window, layer=layer)
         for item in plan.backward:
             assert len({part.sequence.job.id for part in item.parts}) == 1
             for part in item.parts:

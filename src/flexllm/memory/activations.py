@@ -97,5 +97,6 @@ class SequenceState:
 
     def finish_window(self, rows: int) -> None:
         """The next `rows` rows have gone through all layers."""
-        more = self.under_way is not None and len(self.under_way) > rows
-        self.under_way = self.under_way[rows:] if self.under_way is not None and more else None
+        if self.under_way is not None:
+            rest = self.under_way[rows:]
+            self.under_way = rest.clone() if len(rest) else None  # a view would keep all of them

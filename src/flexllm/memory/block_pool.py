@@ -62,19 +62,16 @@ class BlockPool:
     def extend(self, runs: Iterable[list[int]]) -> None:
         """Add one block to each run, in place. What `allocate(1, after=blocks[-1])` does, in a fifth of the time: an iteration does it for
         one running request in `block_size`. Raises NoFreeBlocks; the runs before the one that found none are then longer."""
-        state, refs, end, taken = self._state, self._refs, self.num_blocks, 0
+        state, refs, end = self._state, self._refs, self.num_blocks
         for blocks in runs:
             block = blocks[-1] + 1
             if block < end and state[block] != _HELD:
                 state[block] = _HELD
                 refs[block] = 1
-                taken += 1
+                self.num_free -= 1
                 blocks.append(block)
             else:
-                self.num_free -= taken
-                taken = 0
                 blocks += self.allocate(1)
-        self.num_free -= taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block; all must be held."""

@@ -22,9 +22,7 @@ from flexllm.ops.reference import LinearWeight, ReferenceKernels, compute_dtype
 
 LOGITS = 3 * 2**21  # at a time, in the model's type: 128 rows of a vocabulary of 49152; twice as many gain 4 % of the head
 EXPAND_ROWS = 6  # up to here, expanding a quantized weight while it is used is faster than doing so first for a GEMM
-FEW_ROWS = (
-    64  # up to here, what a call of oneDNN costs is more than a low-rank product itself, in bf16; fp32 goes to MKL, whose calls cost less
-)
+FEW_ROWS = 64  # of bf16: up to here, what a call of oneDNN costs is more than a low-rank product itself. (fp32 goes to MKL.)
 SOFTMAX = 2**19  # of them at a time in fp32: these stay in cache
 CODE_CACHE = 4096  # entries in oneDNN's cache, two to a GEMM of so many rows, together some 0.8 MB
 
