@@ -13,6 +13,7 @@ from flexllm.checks import require
 from flexllm.peft.config import LoraConfig, PeftConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("q8_0", "q4_0", "q4_1")
 PATIENCE = 0.1  # of the tightest TTFT objective
 RESERVE, SHORT_TTFT = 2.0, 5.0  # in TPOT objectives, see SchedulerConfig.reserve
@@ -174,6 +175,7 @@ class FinetuneConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     model: str | None = None  # a folder, a .gguf file or a hub id; None: the default model
+    load_format: str = "auto"  # auto: the model's weights | dummy: random ones, config.json is all it takes
     dtype: str = "auto"
     quantization: str | None = None  # format of the decoder's linears: q8_0 | q4_0 | q4_1; None: dtype
     device: str = "auto"  # auto | cpu | cuda
@@ -188,6 +190,7 @@ class EngineConfig:
     trace: Path | None = None  # write what every iteration does to this file (tracing.py)
 
     def __post_init__(self) -> None:
+        require(self.load_format in LOAD_FORMATS, "load_format", f"one of {', '.join(LOAD_FORMATS)}", self.load_format)
         require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         known = self.quantization is None or self.quantization in QUANTIZATIONS
         require(known, "quantization", f"one of {', '.join(QUANTIZATIONS)}", self.quantization)

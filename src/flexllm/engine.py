@@ -39,9 +39,10 @@ from flexllm.memory.budget import ByteBudget, size_caches
 from flexllm.memory.kv_cache import KVCache
 from flexllm.model.config import ModelConfig
 from flexllm.model.decoder import Decoder
-from flexllm.model.loader import default_dtype, load_weights, resolve_model
+from flexllm.model.graphs import GraphedDecoder
+from flexllm.model.loader import default_dtype, load_weights, random_weights, resolve_model
 from flexllm.model.sampler import Sampler, token_logprobs
-from flexllm.ops import select_kernels
+from flexllm.ops import select_kernels, synchronize
 from flexllm.peft.pool import AdapterPool
 from flexllm.peft.registry import AdapterRegistry
 from flexllm.profiler import load_costs, measure_costs, save_costs, take_profile
@@ -69,11 +70,14 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         report("loading the model", 0.0)
-        folder = resolve_model(config.model)
+        folder = resolve_model(config.model, weights=config.load_format != "dummy")
         self.model_folder, self.model_config = folder, ModelConfig.from_hf(folder)
         self.max_model_len = min(self.model_config.max_len, config.max_model_len or self.model_config.max_len)
         dtype = default_dtype(self.model_config, device) if config.dtype == "auto" else getattr(torch, config.dtype)
-        weights = load_weights(folder, self.model_config, dtype, device, config.quantization)
+        if config.load_format == "dummy":
+            weights = random_weights(self.model_config, dtype, device, config.quantization)
+        else:
+            weights = load_weights(folder, self.model_config, dtype, device, config.quantization)
         self.model = Decoder(self.model_config, weights, select_kernels(device, config.reference_ops), self.max_model_len)
 
         m = self.model_config
@@ -84,6 +88,7 @@ class Engine:
         self.finetune_budget = ByteBudget(finetune_bytes)
         self.adapter_pool = AdapterPool(m, config.adapter_ranks, dtype, device, config.max_adapters + MAX_TRAINING)
         self.adapters = AdapterRegistry(m, self.adapter_pool, config.max_adapters, partial(self.model.refresh_adapter, self.adapter_pool))
+        self._forward = GraphedDecoder(self.model) if device.type == "cuda" else self.model.forward
         self.sampler = Sampler()
         self.trainer = Trainer(self.model, self.cache, self.adapter_pool)
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
@@ -112,7 +117,12 @@ class Engine:
         return result
 
     def execute(self, plan: StepPlan, waited: Callable[[], float] = nobody_waits) -> Execution:
-        """Carry out a plan, or what of it the newcomers leave time for."""
+        """Carry out a plan, or what of it the newcomers leave time for; the device has done it when this returns."""
+        done = self._carry_out(plan, waited)
+        synchronize(self.model.device)
+        return done
+
+    def _carry_out(self, plan: StepPlan, waited: Callable[[], float]) -> Execution:
         start = self.clock()
 
         def impatient() -> bool:
@@ -126,7 +136,7 @@ class Engine:
         losses: tuple[WindowLoss, ...] | None = ()
         if plan.inference or plan.windows:
             batch = FusedBatch.build(plan, self.cache, self.adapter_pool, self.model.rope, self.trainer.states)
-            hidden = self.model.forward(batch, self.cache, impatient)
+            hidden = self._forward(batch, self.cache, impatient)
             tokens = self._sample(hidden, batch)
             losses = self.trainer.finish_forward(hidden, batch, impatient)
         if losses is None:

@@ -30,6 +30,7 @@ from flexllm.core import (
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.job import TrainingJob
 from flexllm.model.decoder import Decoder
+from flexllm.ops import synchronize
 from flexllm.scheduler.latency import features_of
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def measure_costs(model: Decoder) -> DeviceCosts:
         for _ in range(5):
             start = time.perf_counter()
             work()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(model.device)
             times.append(time.perf_counter() - start)
         return min(times)
 

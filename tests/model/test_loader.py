@@ -88,7 +88,7 @@ def test_random_weights_have_the_shapes_of_real_ones_and_obey_the_seed(save_tiny
     _, folder = save_tiny("qwen2", tie_word_embeddings=True)
     config = ModelConfig.from_hf(folder)
     real = load_weights(folder, config, torch.float32, "cpu")
-    a, b, c = (random_weights(config, torch.float32, "cpu", seed) for seed in (1, 1, 2))
+    a, b, c = (random_weights(config, torch.float32, "cpu", seed=seed) for seed in (1, 1, 2))
     assert [t.shape for t in a.tensors()] == [t.shape for t in real.tensors()]
     assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
     assert not torch.equal(a.embed, c.embed)

@@ -12,7 +12,6 @@ from flexllm.core import WindowLoss
 from flexllm.model.decoder import Decoder
 
 IGNORED = -100
-HEAD_ROWS = 128  # a request need not wait for more of them to go through the head
 
 
 def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch, interrupted: Callable[[], bool]) -> tuple[WindowLoss, ...] | None:
@@ -33,7 +32,7 @@ def finish_forward(model: Decoder, hidden: Tensor, batch: FusedBatch, interrupte
 
 
 def _loss(model: Decoder, x: Tensor, rows: WindowRows, interrupted: Callable[[], bool]) -> WindowLoss | None:
-    """Of the window rows x [n, d], HEAD_ROWS at a time; None when interrupted."""
+    """Of the window rows x [n, d], some at a time; None when interrupted."""
     window, state, eps = rows.window, rows.state, model.config.rms_eps
     train = state.program is not None
     labels = state.labels[window.start : window.end]
@@ -41,7 +40,7 @@ def _loss(model: Decoder, x: Tensor, rows: WindowRows, interrupted: Callable[[],
         state.grad = torch.zeros(window.sequence.length, x.shape[1], dtype=x.dtype, device=x.device)
     total, correct = 0.0, 0
     valid = (labels != IGNORED).nonzero()[:, 0]
-    for part in valid.split(HEAD_ROWS):
+    for part in valid.split(model.kernels.head_rows):
         if interrupted():
             return None
         xv = x[part]

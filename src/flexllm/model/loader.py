@@ -70,10 +70,11 @@ class ModelWeights:
         return sum(t.nbytes for t in self.tensors())
 
 
-def resolve_model(ref: str | None) -> Path:
+def resolve_model(ref: str | None, weights: bool = True) -> Path:
     """The folder (config.json, safetensors, tokenizer) of a model folder, a .gguf file, a hub id, or the default model (None).
 
-    A .gguf file is converted once into the cache folder. Raises ValueError that says what is missing.
+    Without `weights` a folder with a config.json will do. A .gguf file is converted once into the cache folder. Raises ValueError that
+    says what is missing.
     """
     if ref is None:
         from flexllm.model import default_model  # here and below: only these two need the gguf package
@@ -89,7 +90,8 @@ def resolve_model(ref: str | None) -> Path:
         folder = hub.snapshot(ref)
     else:
         raise ValueError(f"model {ref!r}: no such folder, and not a Hugging Face hub id (organization/name)")
-    hub.check_folder(folder)
+    if weights:
+        hub.check_folder(folder)
     return folder
 
 
@@ -129,7 +131,9 @@ def load_weights(
     return weights
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> ModelWeights:
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None, seed: int = 0
+) -> ModelWeights:
     """A model of the right shapes that knows nothing: N(0, 0.02) matrices and biases, unit norms. For benchmarks and tests."""
     weights = _empty(config, dtype, device, config.num_layers)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -139,6 +143,9 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
         tensor.normal_(std=_INIT_STD, generator=generator)
     for norm in norms:
         norm.fill_(1.0)
+    if quantization is not None:
+        for i, layer in enumerate(weights.layers):
+            _quantize_(layer, quantization, f"model.layers.{i}")
     return weights
 
 

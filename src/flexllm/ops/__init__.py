@@ -7,7 +7,13 @@ import torch
 from flexllm.ops.quantized import QuantizedWeight
 from flexllm.ops.reference import LinearWeight, ReferenceKernels
 
-__all__ = ["LinearWeight", "QuantizedWeight", "ReferenceKernels", "select_kernels"]
+__all__ = ["LinearWeight", "QuantizedWeight", "ReferenceKernels", "select_kernels", "synchronize"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given to do (a CPU has)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def select_kernels(device: torch.device, reference: bool = False) -> ReferenceKernels:

@@ -9,7 +9,6 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -111,14 +110,6 @@ class CpuKernels(ReferenceKernels):
         if not _native(g):
             return super().swiglu_backward(dm, g, u)
         return rowwise.swiglu_backward(dm, g, u)
-
-    def concat(self, *parts: Tensor) -> Tensor:
-        whole = parts[0]._base
-        if whole is not None and all(p._base is whole for p in parts):  # the halves that swiglu_backward made?
-            starts = [0, *accumulate(p.shape[-1] for p in parts)]
-            if starts.pop() == whole.shape[-1] and starts == [p.storage_offset() for p in parts]:
-                return whole
-        return super().concat(*parts)
 
     # ---------------------------------------------------------------------------------------------------- attention
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:

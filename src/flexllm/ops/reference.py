@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class ReferenceKernels:
     """One method per kernel. Nothing is written in place unless its name says so (`*_`)."""
 
     name = "reference"
+    head_rows = 128  # of a window that go through the loss head before a newcomer is looked for
 
     # ------------------------------------------------------------------------------------------------------- linear
     def pack_linear(self, weight: Tensor | QuantizedWeight) -> LinearWeight:
@@ -161,6 +163,12 @@ class ReferenceKernels:
         return like.new_zeros(like.shape[0], columns)
 
     def concat(self, *parts: Tensor) -> Tensor:
+        """Column slices that make up all of one tensor are that tensor: no copy of the halves that a swiglu_backward made."""
+        whole = parts[0]._base
+        if whole is not None and all(p._base is whole for p in parts):
+            starts = [0, *accumulate(p.shape[-1] for p in parts)]
+            if starts.pop() == whole.shape[-1] and starts == [p.storage_offset() for p in parts]:
+                return whole
         return torch.cat(parts, dim=-1)
 
     # ------------------------------------------------------------------------------------------------ normalisation

@@ -246,7 +246,7 @@ class AdapterPool:
             rows = torch.full((num_rows,), -1, dtype=torch.int64)
             tables["rows"] = rows
         elif end > start:
-            mask = torch.zeros(num_rows, end - start, dtype=self.dtype, device=self.device)
+            mask = torch.zeros(num_rows, end - start, dtype=self.dtype)
             tables["mask"] = mask
         if "dropout" in features:
             seeds, rates = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows)
@@ -262,7 +262,7 @@ class AdapterPool:
                 rates[span] = o.slot.config.dropout
         if "dropout" in features:
             tables["dropout"] = (seeds.to(self.device), rates.to(self.device))
-        for name in ("slot", "rows"):
+        for name in ("slot", "rows", "mask"):
             if name in tables:
                 tables[name] = tables[name].to(self.device)
         return tables
