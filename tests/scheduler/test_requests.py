@@ -80,6 +80,15 @@ def test_prompts_that_can_wait_still_go_on_beside_late_ones():
     assert [c.rows for c in engine.step().inference] == [1, LEAST_ROWS]
 
 
+def test_rows_that_cost_nothing_beside_those_that_make_it_late_come_too():
+    """Where a GPU takes 60 ms to be told of an iteration, whatever its rows, a prompt in small pieces would only be late more often."""
+    engine = FakeEngine(num_blocks=400, slo=SLO(ttft=5, tpot=0.05), latency=simple_model(1e-6, t0=0.06), max_batch_tokens=512)
+    engine.add_request(make_request("running", output=30))
+    engine.step()
+    engine.add_request(make_request("new", prompt=300))
+    assert [c.rows for c in engine.step().inference] == [1, 300]
+
+
 def decoding_beside_a_prompt(ttft: float) -> tuple[FakeEngine, list[int]]:
     """A request that decodes, and the prompt rows of each iteration after another of its class came. A row takes 1 ms, so 30 fit."""
     engine = FakeEngine(num_blocks=200, slo=SLO(ttft=ttft, tpot=0.05), latency=simple_model(1e-3), max_batch_tokens=512)

@@ -22,7 +22,8 @@ from flexllm.scheduler.latency import LatencyModel
 PACE = 0.9  # of the TPOT objective is aimed at: a last token that comes late cannot be made up for
 SAFETY = 2  # TPOTs, about as many iterations, are to be left of its TTFT when a prompt that had to wait is done
 MAX_LOOK = 64  # prompts of a class that are asked how long they can wait
-LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, whatever the decodes beside it
+LEAST_ROWS = 16  # of a prompt that can wait: it goes on, if slowly, whatever the decodes beside it,
+AS_GOOD_AS_FREE = 1.02  # and with as many more as take no longer
 
 
 class QueueFullError(ValueError):
@@ -175,13 +176,17 @@ class RequestQueues:
         return needed * beside
 
     def _prefill_rows(self, request: Request, beside: PlanFeatures, limit: int, at_most: PrefillLimit) -> int:
-        """Rows of a prompt that join those of an iteration, at least LEAST_ROWS."""
+        """Rows of a prompt that join those of an iteration, at least LEAST_ROWS: where a device takes long to be told of any iteration,
+        small ones would be late as well, only more often."""
 
         def within(seconds: float) -> int:
             if seconds == math.inf:
                 return limit
-            rows = self._latency.most_prefill_rows(beside, request.num_computed, limit, seconds)
-            return max(rows, min(limit, LEAST_ROWS))
+            rows, least = self._latency.most_prefill_rows(beside, request.num_computed, limit, seconds), min(limit, LEAST_ROWS)
+            if rows >= least:
+                return rows
+            late = self._latency.predict(beside._replace(rows=beside.rows + least))
+            return max(least, self._latency.most_prefill_rows(beside, request.num_computed, limit, AS_GOOD_AS_FREE * late))
 
         rows = within(at_most.seconds)
         if rows < limit:
