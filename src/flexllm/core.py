@@ -366,6 +366,7 @@ class PlanFeatures(NamedTuple):
     decode_rows: int = 0
     decode_context: int = 0  # keys that decode rows see
     prefill_pairs: int = 0  # query-key pairs of prefill and window rows
+    prefills: int = 0  # prompts: each has its own attention, and a GPU that replays decode rows as one graph cannot with them
     sampled_rows: int = 0  # rows whose logits are computed and sampled
     label_rows: int = 0  # window rows that go through the loss
     windows: int = 0  # each reads the head's weights for its loss

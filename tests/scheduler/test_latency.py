@@ -33,6 +33,7 @@ def random_plan(rng: random.Random) -> PlanFeatures:
         decode_rows=decode,
         decode_context=decode * rng.randint(20, 800),
         prefill_pairs=(prefill**2 + window**2) // 2,
+        prefills=int(prefill > 0),
         sampled_rows=decode + (prefill > 0),
         label_rows=window // 2,
         windows=int(window > 0),
@@ -50,7 +51,7 @@ def profile(max_rows: int = 512, num_layers: int = 30) -> list[PlanFeatures]:
         pairs = n * (n + 1) // 2
         grid += [PlanFeatures(rows=n, decode_rows=n, decode_context=n * context, sampled_rows=n) for context in (64, 512)]
         grid += [
-            PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1),
+            PlanFeatures(rows=n, prefill_pairs=pairs, prefills=1, sampled_rows=1),
             PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n, windows=1),
         ]
         grid += [PlanFeatures(backward_rows=n * k, backward_pairs=pairs * k, backward_slices=k) for k in (1, 4, num_layers)]
@@ -164,6 +165,20 @@ def test_nothing_takes_no_time_and_teaches_nothing():
     assert model.error_quantile(0.99) == 0.1
 
 
+def test_a_device_on_which_decode_rows_alone_are_cheap():
+    """A GPU that replays them as one graph, and takes six times as long to be told of anything else, whatever its rows."""
+
+    def seconds(f: PlanFeatures) -> float:
+        return (6e-3 if f.rows == f.decode_rows else 36e-3) + 2e-5 * f.rows + 3e-3 * f.backward_slices
+
+    model = LatencyModel.default()
+    model.fit([(f, seconds(f)) for f in profile()])
+    decodes = PlanFeatures(rows=32, decode_rows=32, decode_context=3200, sampled_rows=32)
+    with_prompt = decodes + PlanFeatures(rows=100, prefill_pairs=5000, prefills=1, sampled_rows=1)
+    for features in (decodes, with_prompt):
+        assert model.predict(features) == pytest.approx(seconds(features), rel=0.1)
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.03, 0.1, 0.4, 100.0])
 def test_inverses_are_the_most_that_fits(budget):
     model = profiled()
@@ -175,6 +190,12 @@ def test_inverses_are_the_most_that_fits(budget):
 
     def with_window(n: int, layer: int) -> float:
         return model.predict(base + features_of(StepPlan(windows=(TokenWindow(sequence, 50, 50 + n, layer),))))
+
+    def with_prompt(n: int) -> float:
+        return model.predict(base + features_of(StepPlan(inference=(InferenceChunk(make_request("p", 600), 50, 50 + n, False),))))
+
+    n = model.most_prefill_rows(base, 50, 500, budget)
+    assert n == max([k for k in range(1, 501) if with_prompt(k) <= budget + 1e-12], default=0)
 
     def with_slice(n: int) -> float:
         return model.predict(base + PlanFeatures(backward_rows=n, backward_pairs=n * n, backward_slices=1))
@@ -202,7 +223,7 @@ def test_a_profile_survives_on_disk_without_the_drift_of_the_day(tmp_path):
     assert 1.2 < drifts.pop() < 1.8
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2, "coefficients": {"t0": 1}, "slopes": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 3, "coefficients": {"t0": 1}, "slopes": []}'])
 def test_a_broken_profile_is_refused(tmp_path, text):
     (tmp_path / "profile.json").write_text(text)
     with pytest.raises(ValueError, match=r"profile\.json is not a latency profile"):
@@ -230,6 +251,7 @@ def test_features_count_what_a_plan_holds():
         decode_rows=1,
         decode_context=13,
         prefill_pairs=(3 + 4 + 5 + 6) + sum(range(11, 21)) + 15,
+        prefills=1,
         sampled_rows=1,
         label_rows=5 + 5,
         windows=2,

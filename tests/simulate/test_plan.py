@@ -29,7 +29,7 @@ def decode(batch: int, context: int = 512) -> PlanFeatures:
 
 
 def prefill(rows: int) -> PlanFeatures:
-    return PlanFeatures(rows=rows, prefill_pairs=rows * (rows + 1) // 2, sampled_rows=1)
+    return PlanFeatures(rows=rows, prefill_pairs=rows * (rows + 1) // 2, prefills=1, sampled_rows=1)
 
 
 def test_decoding_is_bound_by_bandwidth_and_prefill_by_compute():

@@ -53,7 +53,7 @@ def iterations(n: int, layers: int) -> dict[str, PlanFeatures]:
     pairs = n * (n + 1) // 2
     return {
         "decode": PlanFeatures(rows=n, decode_rows=n, decode_context=n * CONTEXT, sampled_rows=n),
-        "prefill": PlanFeatures(rows=n, prefill_pairs=pairs, sampled_rows=1),
+        "prefill": PlanFeatures(rows=n, prefill_pairs=pairs, prefills=1, sampled_rows=1),
         "window": PlanFeatures(rows=n, prefill_pairs=pairs, label_rows=n, windows=1),
         "backward": PlanFeatures(backward_rows=n * layers, backward_pairs=pairs * layers, backward_slices=layers),
     }

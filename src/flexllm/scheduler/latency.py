@@ -20,7 +20,7 @@ import numpy as np
 
 from flexllm.core import PlanFeatures, Sequence, StepPlan, TokenWindow
 
-VERSION = 2  # of a stored profile
+VERSION = 3  # of a stored profile
 EXACT = 1e-12  # relative error: there is nothing to learn from (a simulation without noise)
 SEGMENTS = 15  # of g: [0, 1], [1, 2], [2, 4], ... [8192, inf)
 SEGMENT_STARTS = tuple((1 << i) >> 1 for i in range(SEGMENTS))
@@ -35,6 +35,7 @@ _DEFAULT = {
     "decode_rows": 5e-5,
     "decode_context": 2e-7,
     "prefill_pairs": 1e-8,
+    "prefills": 1e-3,
     "sampled_rows": 3e-4,
     "label_rows": 5e-4,
     "windows": 2e-3,
@@ -47,7 +48,7 @@ _DEFAULT_SLOPE = 1.5e-3  # seconds per forward row
 
 
 def features_of(plan: StepPlan) -> PlanFeatures:
-    decode_rows = decode_context = prefill_rows = prefill_pairs = sampled = 0
+    decode_rows = decode_context = prefill_rows = prefill_pairs = prefills = sampled = 0
     for chunk in plan.inference:
         sampled += chunk.sample
         if chunk.is_decode:
@@ -56,11 +57,13 @@ def features_of(plan: StepPlan) -> PlanFeatures:
         else:
             prefill_rows += chunk.rows
             prefill_pairs += chunk.pairs
+            prefills += 1
     return PlanFeatures(
         rows=decode_rows + prefill_rows + sum(w.rows_left for w in plan.windows),
         decode_rows=decode_rows,
         decode_context=decode_context,
         prefill_pairs=prefill_pairs + sum(w.pairs_left for w in plan.windows),
+        prefills=prefills,
         sampled_rows=sampled,
         label_rows=sum(expected_labels(w.sequence, w.rows) for w in plan.windows),
         windows=len(plan.windows),
@@ -112,7 +115,7 @@ class LatencyModel:
 
     def most_window_rows(self, base: PlanFeatures, window: TokenWindow, budget: float) -> int:
         """Largest n such that `base` and the first n rows of `window` take <= budget."""
-        per_pair, _, per_label, per_window = self._linear[2:6]
+        per_pair, _, _, per_label, per_window = self._linear[2:7]
         fixed = self._seconds(base) + self._drift * (per_window - self._curve(base.rows))
         sequence, start, left = window.sequence, window.start, window.left
 
@@ -124,8 +127,8 @@ class LatencyModel:
 
     def most_prefill_rows(self, base: PlanFeatures, start: int, limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and rows [start, start + n) of a prompt take <= budget."""
-        per_pair = self._linear[2]
-        fixed = self._seconds(base) - self._drift * self._curve(base.rows)
+        per_pair, per_prefill = self._linear[2:4]
+        fixed = self._seconds(base) + self._drift * (per_prefill - self._curve(base.rows))
         return _largest(
             limit,
             lambda n: fixed + self._drift * (self._curve(base.rows + n) + per_pair * (n * start + n * (n + 1) // 2)),
@@ -135,13 +138,13 @@ class LatencyModel:
     def most_backward_rows(self, base: PlanFeatures, weight: float, pairs: Callable[[int], int], limit: int, budget: float) -> int:
         """Largest n <= limit such that `base` and a backward slice of n rows, each costing `weight` of them, with pairs(n) query-key
         pairs take <= budget."""
-        per_row, per_pair, per_slice = self._linear[6:9]
+        per_row, per_pair, per_slice = self._linear[7:10]
         fixed = self._seconds(base) + self._drift * per_slice
         return _largest(limit, lambda n: fixed + self._drift * (per_row * weight * n + per_pair * pairs(n)), budget)
 
     def most_backward_slices(self, base: PlanFeatures, sizes: Iterable[tuple[float, int]], budget: float) -> int:
         """How many backward slices of so many (rows, query-key pairs), the first of them, `base` can have and take <= budget."""
-        per_row, per_pair, per_slice = self._linear[6:9]
+        per_row, per_pair, per_slice = self._linear[7:10]
         seconds = self._seconds(base)
         fit = 0
         for rows, pairs in sizes:
@@ -249,8 +252,8 @@ class LatencyModel:
 
     def _seconds(self, features: PlanFeatures) -> float:
         # Unpacked, because asking a named tuple or a list for each takes half as long again.
-        rows, decodes, context, pairs, sampled, labels, windows, backward_rows, backward_pairs, slices, steps = features
-        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = self._linear
+        rows, decodes, context, pairs, prefills, sampled, labels, windows, backward_rows, backward_pairs, slices, steps = features
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10 = self._linear
         level, slope = self._lines[rows.bit_length()]
         return self._drift * (
             self._t0
@@ -259,13 +262,14 @@ class LatencyModel:
             + c0 * decodes
             + c1 * context
             + c2 * pairs
-            + c3 * sampled
-            + c4 * labels
-            + c5 * windows
-            + c6 * backward_rows
-            + c7 * backward_pairs
-            + c8 * slices
-            + c9 * steps
+            + c3 * prefills
+            + c4 * sampled
+            + c5 * labels
+            + c6 * windows
+            + c7 * backward_rows
+            + c8 * backward_pairs
+            + c9 * slices
+            + c10 * steps
         )
 
     def _curve(self, rows: int) -> float:

@@ -162,7 +162,7 @@ class RequestQueues:
         """Prompt rows of a class that every iteration has to have so that its first tokens come in time: with so many, the queue up to each
         request is done when the time of SAFETY tokens is left, decode rows and all. inf if nothing is quick enough."""
         full = self._config.max_batch_tokens
-        per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2)) / full
+        per_row = self._latency.predict(PlanFeatures(rows=full, prefill_pairs=full * full // 2, prefills=1)) / full
         beside = self._latency.predict(self._features_beside((), ()))  # seconds of an iteration without prompts
         latest = now + SAFETY * queue.slo.tpot
         rows, needed = 0, 0.0
@@ -185,7 +185,7 @@ class RequestQueues:
             rows, least = self._latency.most_prefill_rows(beside, request.num_computed, limit, seconds), min(limit, LEAST_ROWS)
             if rows >= least:
                 return rows
-            late = self._latency.predict(beside._replace(rows=beside.rows + least))
+            late = self._latency.predict(beside._replace(rows=beside.rows + least, prefills=beside.prefills + 1))
             return max(least, self._latency.most_prefill_rows(beside, request.num_computed, limit, AS_GOOD_AS_FREE * late))
 
         rows = within(at_most.seconds)
@@ -207,6 +207,7 @@ class RequestQueues:
             decode_rows=rows,
             decode_context=self._decode_context + sum([c.end for c in decodes]),
             prefill_pairs=sum([c.pairs for c in prefills]),
+            prefills=len(prefills),
             sampled_rows=rows + sum([c.sample for c in prefills]),
         )
 
