@@ -369,6 +369,39 @@ def paper(result: Result) -> Section:
     return Section("The paper's end-to-end experiment, simulated", says, blocks)
 
 
+def gpu_suite(result: Result) -> Section:
+    blocks: list[Table | Picture] = []
+    for name, model in ((n, m) for n, m in result.items() if isinstance(m, Mapping) and "decode" in m):
+        steps = [[f"batch {batch}", f"{at['ms']:.1f}", f"{at['bound_ms']:.1f}"] for batch, at in model["decode"].items()]
+        blocks.append(Table(["decode step", "ms", "bound, ms"], [list[str | Cell](row) for row in steps], name))
+        rows: list[list[str | Cell]] = []
+        for rate, alone, coserved in zip(model["rates"], model["inference"], model["coserve"], strict=True):
+            rows.append(
+                [
+                    number(rate),
+                    str(coserved["requests"]),
+                    percent(alone["attainment"]),
+                    Cell(percent(coserved["attainment"]), coserved["attainment"] >= alone["attainment"] - WITHIN),
+                    f"{coserved['p99_ttft_ms']:,.0f}",
+                    f"{coserved['mean_tpot_ms']:.1f}",
+                    number(coserved["finetune_tok_s"]),
+                ]
+            )
+        headings = ["requests/s", "requests", "attained alone", "attained, coserve", "p99 TTFT, ms", "mean TPOT, ms", "finetuning tok/s"]
+        trains = model["finetune_alone"]
+        note = (
+            f"Finetuning alone, LoRA r16: on down_proj, as beside the requests, {number(trains['down_proj'])} tok/s, on all linears "
+            f"{number(trains['all_linears'])}; the bound by FLOPs is {number(trains['bound_tok_s'])}."
+        )
+        blocks.append(Table(headings, rows, "", note))
+    says = (
+        "Models of real shapes with random weights on one device, in process: the paper's objectives (TTFT 5 s; TPOT 45 ms for 8B, else "
+        "75 ms), made-up arrivals of the lengths of the Azure conversation trace. Bounds: the bytes that a step must read over a copy's "
+        "bandwidth; a training token's FLOPs over a GEMM's."
+    )
+    return Section("On a GPU", says, blocks)
+
+
 SECTIONS: dict[str, Callable[[Result], Section]] = {
     "coserve": coserve,
     "burst": burst,
@@ -379,4 +412,5 @@ SECTIONS: dict[str, Callable[[Result], Section]] = {
     "schedule": schedule,
     "simulate": simulate,
     "paper": paper,
+    "gpu_suite": gpu_suite,
 }

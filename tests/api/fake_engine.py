@@ -22,6 +22,7 @@ from flexllm.config import EngineConfig, JobSpec, SchedulerConfig
 from flexllm.core import FinishReason, JobEvent, JobStatus, Request, RequestStatus, StepResult, TokenLogprob, TokenOutput, nobody_waits
 from flexllm.files import atomic_file
 from flexllm.finetune.data import TokenizedDataset
+from flexllm.finetune.step_log import LOG_FILE, log_text
 from flexllm.model.config import ModelConfig
 from flexllm.server.engine_process import ProgressCallback
 
@@ -193,6 +194,7 @@ class FakeEngine:
             path = Path(job.spec.output_dir) / f"checkpoint-{job.step}"
             path.mkdir(parents=True, exist_ok=True)
             (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": job.spec.peft.r}))
+            (path / LOG_FILE).write_text(log_text(job.event(step + 1) for step in range(job.step)))
             events.append(JobEvent(job_id, "checkpoint", loss=4.0 / job.step, token_accuracy=0.5, path=str(path), **common))
         if job.spec.valid_path and job.step == job.total:
             events.append(JobEvent(job_id, "validation", loss=1.25, token_accuracy=0.75, **common))

@@ -138,7 +138,7 @@ def test_a_request_that_kills_the_engine_fails_alone(tiny_llama: Path, tmp_path:
 
 
 def test_an_end_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
-    """The engine wrote the last checkpoint; the server was killed before it stored the news."""
+    """The engine wrote the last checkpoint; the server was killed before it stored the news of it, and of the two steps before."""
     settings = fake_settings(tiny_llama, tmp_path)
     with serve(settings) as server:
         job_id = start_job(server, hyperparameters={"n_epochs": 6})
@@ -146,8 +146,11 @@ def test_an_end_that_nobody_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "flexllm.sqlite")
     job = store.jobs.get(job_id)
     assert job is not None
-    job.status, job.fine_tuned_model, job.result_files = "running", None, []
+    job.status, job.fine_tuned_model, job.result_files, job.step = "running", None, [], 10
     store.jobs.update(job)
+    for event in list(store.events.all(owner=job_id)):
+        if event.data is not None and event.data["step"] > 10:
+            store.events.delete(event.id)
     store.adapters.delete(name)
     store.close()
     with serve(settings) as server:

@@ -105,6 +105,15 @@ def results(tmp_path: Path) -> Path:
             "dedicated": {"finetune_tok_s": 2600.0},
         }
     }
+    alone = {"requests": 9, "attainment": 1.0, "p99_ttft_ms": 70.0, "mean_tpot_ms": 9.0, "finetune_tok_s": 0.0}
+    gpu = {
+        "decode": {"8": {"ms": 6.28, "bound_ms": 4.07}},
+        "finetune_alone": {"down_proj": 8884.0, "all_linears": 6343.0, "bound_tok_s": 21054.0},
+        "rates": [5.0],
+        "inference": [alone],
+        "coserve": [{**alone, "attainment": 0.61, "finetune_tok_s": 1686.0}],
+    }
+    put(folder, "gpu_suite", {"llama-3.1-8b": gpu, "paper": {}, "samples": []})
     put(folder, "paper", {"models": models, "paper": {"8b": {"rates": [1, 5], "finetune_tok_s": [2352, 1799]}}, "samples": []})
     workload = {"trace": "code", "load": "heavy", "slo": "loose", "simulated": {"p50_tpot_ms": 44.0}, "measured": {"p50_tpot_ms": 40.0}}
     put(folder, "simulate", {"workloads": [workload], "samples": []})
@@ -127,6 +136,9 @@ def test_the_page(results: Path, tmp_path: Path) -> None:
     assert "all traces, light" in page
     assert "<td>84 / 80 / 20</td>" in page, "all cells together"
     for figure in ("0.91 ms", "543", "12.3%"):
+        assert figure in page
+    assert '<td class="missed">61.0% ✗</td>' in page
+    for figure in ("6.3", "4.1", "1,686", "8,884"):
         assert figure in page
     for figure in ("2,222", "2,352", "abc123", "Abacus"):
         assert figure in page

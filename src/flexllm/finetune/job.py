@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flexllm.core import FinetuneJob, JobEvent, Sequence
 from flexllm.finetune.checkpoint import load_resume, save_resume
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.finetune.optimizer import AdapterOptimizer, GradientLedger
+from flexllm.finetune.step_log import LOG_FILE, log_text
 from flexllm.finetune.window import IGNORED
 from flexllm.model.decoder import Decoder
 from flexllm.model.layer import site_shapes
@@ -175,12 +177,10 @@ class TrainingJob:
         tensors = self.pool.parameters(self.slot, trainable=False) | self.optimizer.masters()
         return AdapterFile(self.spec.peft, self.base_model, {n: t.detach().clone() for n, t in tensors.items()})
 
-    def checkpoint_path(self, step: int) -> Path:
-        return Path(self.spec.output_dir) / f"checkpoint-{step}"
-
-    def write_checkpoint(self, step: int, adapter: AdapterFile) -> Path:
-        path = self.checkpoint_path(step)
-        save_adapter(path, adapter, self.model.config)
+    def write_checkpoint(self, adapter: AdapterFile, told: SequenceOf[JobEvent]) -> Path:
+        """The adapter as it was after the last of the steps `told`."""
+        path = Path(self.spec.output_dir) / f"checkpoint-{told[-1].step}"
+        save_adapter(path, adapter, self.model.config, {LOG_FILE: log_text(told)})
         return path
 
     def snapshot_resume(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

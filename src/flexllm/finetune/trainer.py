@@ -169,10 +169,10 @@ class Trainer:
         self._in_background(training, write)
 
     def _checkpoint(self, training: TrainingJob, event: JobEvent) -> None:
-        adapter = training.snapshot_adapter()
+        adapter, told = training.snapshot_adapter(), tuple(training.told)
 
         def write() -> JobEvent:
-            path = training.write_checkpoint(event.step, adapter)
+            path = training.write_checkpoint(adapter, told)
             return JobEvent(
                 training.job.id,
                 "checkpoint",

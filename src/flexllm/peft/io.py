@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -75,13 +76,16 @@ def load_adapter(folder: str | Path) -> AdapterFile:
     return AdapterFile(config, settings.get("base_model_name_or_path") or "", found)
 
 
-def save_adapter(folder: str | Path, adapter: AdapterFile, model: ModelConfig) -> None:
-    """Write the folder, whole or not at all, in the place of what is there. StorageError when the disk refuses."""
+def save_adapter(folder: str | Path, adapter: AdapterFile, model: ModelConfig, beside: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the folder, whole or not at all, in the place of what is there, with the text files `beside` by name. StorageError when the
+    disk refuses."""
     settings, tensors = method_of(adapter.config).write(adapter.config, adapter.tensors, model)
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model, "inference_mode": True}
     with atomic_folder(Path(folder)) as part:
         (part / CONFIG_FILE).write_text(json.dumps(settings | common, indent=2) + "\n", encoding="utf-8")
         write_safetensors(part / WEIGHTS_FILE, tensors, {"format": "pt"})
+        for name, text in beside.items():
+            (part / name).write_text(text, encoding="utf-8")
 
 
 def _method(settings: Mapping[str, Any], path: Path) -> PeftMethod:

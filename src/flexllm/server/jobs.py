@@ -12,11 +12,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexllm.config import JobSpec
 from flexllm.core import JobEvent, JobStatus
+from flexllm.finetune.step_log import read_log
 from flexllm.server import protocol
 from flexllm.server.engine_client import EngineOverloaded, EngineUnavailable
 from flexllm.server.errors import ApiError, bad_request
@@ -214,12 +216,17 @@ class JobService:
             self._log.message(job_id, "Fine-tuning job started")
 
     async def _catch_up(self, job: JobRecord) -> None:
-        """Announce what the last engine wrote but could not tell: checkpoints appear on disk whole or not at all."""
-        steps = sorted(int(path.name.rpartition("-")[2]) for path in self._output_dir(job.id).glob("checkpoint-*"))
-        for step in steps:
-            await self._publisher.publish(job, self._checkpoint_event(job, step), if_known=False)
+        """Announce what the last engine wrote but could not tell: checkpoints appear on disk whole or not at all, and say what the steps
+        before them came to."""
+        folders = {int(path.name.rpartition("-")[2]): path for path in self._output_dir(job.id).glob("checkpoint-*")}
+        for step, folder in sorted(folders.items()):
+            done = [event for event in read_log(folder) if event.job_id == job.id]
+            for event in done:
+                await self._handle(event)
+            last = done[-1] if done else JobEvent(job.id, "step", step, total_steps=job.total_steps)
+            await self._publisher.publish(job, replace(last, kind="checkpoint", path=str(folder)), if_known=False)
         job = self._require(job.id)
-        if job.total_steps and job.total_steps in steps and not job.is_final:
+        if job.total_steps and job.total_steps in folders and not job.is_final:
             self._succeed(job, job.trained_tokens or 0)
 
     async def _submit_waiting(self) -> None:
@@ -333,7 +340,3 @@ class JobService:
 
     def _output_dir(self, job_id: str) -> Path:
         return self._folder / job_id / "output"
-
-    def _checkpoint_event(self, job: JobRecord, step: int) -> JobEvent:
-        path = self._output_dir(job.id) / f"checkpoint-{step}"
-        return JobEvent(job.id, "checkpoint", step, total_steps=job.total_steps, path=str(path))
