@@ -38,7 +38,6 @@ bench: setup
 	$(BIN)/python benchmarks/latency.py --quick
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/paper.py --quick --processes 2
-	$(BIN)/python benchmarks/burst.py --quick
 	$(BIN)/python benchmarks/report.py
 
 case-study: setup
