@@ -63,7 +63,7 @@ def write(name: str, args: argparse.Namespace, fields: Mapping[str, Any], sample
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "command": shlex.join([Path(sys.executable).name, *("PYTHON" if Path(a).name.startswith("python") else a for a in sys.argv)]),
+        "command": shlex.join([Path(sys.executable).name, *map(_as_recorded, sys.argv)]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "samples": samples,
     }
@@ -72,6 +72,12 @@ def write(name: str, args: argparse.Namespace, fields: Mapping[str, Any], sample
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return result, out
+
+
+def _as_recorded(argument: str) -> str:
+    """Without the folders of this machine."""
+    path = Path(argument)
+    return "PYTHON" if path.name.startswith("python") else path.name if path.is_absolute() else argument
 
 
 def log(message: str) -> None:

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from bounds import training_flops
 from client import percentile
 from common import finish, log, parser, write
 from conventional import SHAPES
-from flexllm.config import SLO, CacheConfig, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
+from flexllm.config import SLO, EngineConfig, FinetuneConfig, JobSpec, SchedulerConfig
 from flexllm.core import InferenceChunk, Request, SamplingParams, StepPlan
 from flexllm.engine import Engine
 from flexllm.finetune.data import TokenizedDataset
 from flexllm.model.config import ModelConfig
 from flexllm.peft.config import LoraConfig
 from flexllm.simulate.replica import RequestRecord
-from flexllm.simulate.roofline import layer_parameters
 from flexllm.simulate.workload import Arrival, gamma_arrivals
 from paper import ATTAINED, GAP_CV, LENGTH_CV, MEAN_OUTPUT, MEAN_PROMPT, MODELS, PAPER, SEQUENCES, TTFT
 
@@ -52,7 +52,7 @@ def loaded(name: str, tpot: float, window_rows: int, folder: Path) -> Engine:
     scheduler = SchedulerConfig(slo=SLO(TTFT, tpot), max_running=256, max_batch_tokens=BATCH_TOKENS, max_window_rows=window_rows)
     config = EngineConfig(
         model=str(path), load_format="dummy", device="cuda", dtype="bfloat16", max_model_len=CONTEXT, adapter_ranks=64, scheduler=scheduler,
-        cache=CacheConfig(), state_dir=folder / "state",
+        state_dir=folder / "state",
     )  # fmt: skip
     began = time.perf_counter()
     engine = Engine(config)
@@ -104,15 +104,6 @@ def decode_steps(engine: Engine, copy_bytes: float) -> dict[str, dict[str, float
         found[str(batch)] = {"ms": 1e3 * median(times[3:]), "bound_ms": 1e3 * bound}
         log(f"  decode, batch {batch}: {found[str(batch)]['ms']:.2f} ms (bound {1e3 * bound:.2f})")
     return found
-
-
-def flops_per_token(model: ModelConfig, length: int) -> float:
-    """Of a training token, forward and backward of frozen weights, of sequences of `length` (algorithms.md 2.5)."""
-    pairs = (length + 1) / 2
-    return (
-        4 * (model.num_layers * layer_parameters(model) + model.vocab_size * model.hidden_size)
-        + 14 * model.q_size * pairs * model.num_layers
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------- a load
@@ -189,14 +180,16 @@ def figures(found: dict[str, Any], slo: SLO) -> dict[str, float]:
 def suite(name: str, args: Any, folder: Path) -> dict[str, Any]:
     """What one model comes to."""
     slo, rates = SLO(TTFT, MODELS[name][1]), args.rates or RATES[name]
-    lengths = [random.Random(args.seed).randint(*SEQUENCES) for _ in range(64)]
+    rng = random.Random(args.seed)
+    lengths = [rng.randint(*SEQUENCES) for _ in range(64)]
     engine = loaded(name, slo.tpot, args.window_rows, folder)
     model = engine.model_config
     bounds = device_bounds(model, args.window_rows)
     log(f"  GEMM {bounds['gemm_flops'] / 1e12:.0f} TFLOP/s, copy {bounds['copy_bytes'] / 1e12:.2f} TB/s")
     fields: dict[str, Any] = {"bounds": bounds, "slo": asdict(slo), "decode": decode_steps(engine, bounds["copy_bytes"])}
     coserve = engine.config.scheduler
-    bound = bounds["gemm_flops"] / flops_per_token(model, round(fmean(lengths)))
+    typical = round(fmean(lengths))
+    bound = bounds["gemm_flops"] * typical / training_flops(model, typical, rank=0).total
     fields["finetune_alone"] = {"bound_tok_s": bound}
     for what, targets in (("all_linears", LoraConfig().target_modules), ("down_proj", ("down_proj",))):
         if JOB in engine.trainer.jobs:
